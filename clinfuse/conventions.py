@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../nbs/01_conventions.ipynb #6775c79c
 AXES = {
@@ -74,9 +75,9 @@ class InputError(ValueError):
 
 # %% ../nbs/01_conventions.ipynb #ff0eb0ae
 def availability_time(
-    measured: pd.Series,  # times of measurement
-    stored: pd.Series,  # times of storage, missing where the source has none
-) -> pd.Series:  # the later of the two
+    measured: "pd.Series",  # times of measurement
+    stored: "pd.Series",  # times of storage, missing where the source has none
+) -> "pd.Series":  # the later of the two
     "When an item could first be known to somebody away from the bedside."
     return stored.where(stored > measured, measured)
 
@@ -108,8 +109,10 @@ def protocol_named(
     return PROTOCOLS[name]
 
 # %% ../nbs/01_conventions.ipynb #5ebee301
-def protocol_table() -> pd.DataFrame:  # one row a question, one column a protocol
+def protocol_table() -> "pd.DataFrame":  # one row a question, one column a protocol
     "What each protocol allows, side by side."
+    import pandas as pd
+
     questions = {
         "waits_for_storage": "a value counts only once it is stored",
         "radiographs_until": "radiographs are taken until",

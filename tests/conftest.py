@@ -1,0 +1,25 @@
+"""What several test files share."""
+
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).parents[2] / "shared/data"
+
+
+@pytest.fixture(scope="session")
+def mimic_demo():
+    """The folder of the MIMIC-IV demo."""
+    folder = SHARED_DATA / "mimic-iv-demo"
+    if not folder.exists():
+        pytest.skip(f"the MIMIC-IV demo is not at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def challenge_2012():
+    """The folder of the PhysioNet Challenge 2012, set A."""
+    folder = SHARED_DATA / "physionet-2012"
+    if not folder.exists():
+        pytest.skip(f"the PhysioNet Challenge 2012 is not at {folder}")
+    return folder
