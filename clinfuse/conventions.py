@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AXES', 'UNITS', 'CONVERSIONS', 'SAFE', 'PUBLISHED', 'PROTOCOLS', 'convert_unit', 'InputError', 'availability_time',
-           'Protocol', 'protocol_named', 'protocol_table', 'new_folder', 'import_extra']
+           'Protocol', 'protocol_named', 'protocol_table', 'new_folder', 'new_file', 'import_extra']
 
 # %% ../nbs/01_conventions.ipynb #1862e727
 import importlib
@@ -148,6 +148,26 @@ def new_folder(
         raise InputError(f"could not write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+# %% ../nbs/01_conventions.ipynb #5f375c2d
+@contextmanager
+def new_file(
+    path: str | Path,  # final name
+    replace: bool = False,  # whether a file of that name may be replaced
+) -> Iterator[Path]:  # a temporary name beside it, to be written
+    "Write a file whole or not at all."
+    path = Path(path).absolute()
+    if path.exists() and not replace:
+        raise InputError(f"output {path} exists already; choose another name or remove it")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"could not write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 # %% ../nbs/01_conventions.ipynb #fd673b2c
 def import_extra(

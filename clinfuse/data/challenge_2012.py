@@ -142,9 +142,7 @@ def read_records(
         ).unify_dictionaries()
     except pa.ArrowInvalid:
         _name_malformed_row(path, bodies)
-    times, variables = (
-        table[name].combine_chunks().combine_chunks() for name in ("time", "variable")
-    )
+    times, variables = (table[name].combine_chunks() for name in ("time", "variable"))
     value = table["value"].to_numpy()
     counts = [body.count(b"\n") for body in bodies.values()]
     distinct = times.dictionary.to_pylist()
@@ -295,38 +293,7 @@ def read_outcomes(
         )
     return table.set_index("RecordID")[label].astype("Int64").rename("in_hospital_mortality")
 
-# %% ../../nbs/1_data/10_challenge_2012.ipynb #169580bc
-def challenge_task(
-    source: Source,  # of kind "physionet-2012", with one set or several
-    protocol: Protocol,
-    timestep_hours: float = 1.0,  # length of a bin, hours
-) -> TaskData:
-    "In-hospital mortality from the first 48 hours."
-    records, labels = _read_sets(source)
-    kept, counts = clean_records(records, protocol)
-    names = [channel.name for channel in PHYSIONET_CHANNELS]
-    events = kept[kept["variable"].isin(names)].rename(
-        columns={"record": "sample_id", "variable": "channel"}
-    )
-    events["channel"] = events["channel"].cat.set_categories(names)
-    codes = [events[name].cat.codes.to_numpy(np.int64) for name in ("sample_id", "channel")]
-    hours, value = events["hours"].to_numpy(), events["value"].to_numpy()
-    cells = last_in_bin(codes[0], hours, codes[1], value, timestep_hours)
-    attributes = record_attributes(kept)
-    num_bins = np.full(len(attributes), count_bins(WINDOW_HOURS, timestep_hours))
-    return TaskData(
-        samples=_sample_table(attributes, labels, num_bins),
-        labels=["in_hospital_mortality"],
-        attributes=list(attributes),
-        series=series_from_cells(cells, num_bins, PHYSIONET_CHANNELS),
-        columns=column_names(PHYSIONET_CHANNELS),
-        channels=[{"name": c.name, "kind": c.kind, "unit": c.unit} for c in PHYSIONET_CHANNELS],
-        continuous=list(range(len(names))),
-        events=events.reset_index(drop=True),
-        attrition=_attrition(records, kept, events),
-    )
-
-
+# %% ../../nbs/1_data/10_challenge_2012.ipynb #21a6e34a
 def _read_sets(source: Source) -> tuple[pd.DataFrame, pd.Series | None]:
     paths = {name: path for name, path in source.files.items() if name.lower().startswith("set-")}
     if source.kind != "physionet-2012" or not paths:
@@ -349,7 +316,7 @@ def _read_sets(source: Source) -> tuple[pd.DataFrame, pd.Series | None]:
             table[column] = joined[begin:end]
     return pd.concat(tables, ignore_index=True), pd.concat(labels) if labels else None
 
-
+# %% ../../nbs/1_data/10_challenge_2012.ipynb #24bb15eb
 def _sample_table(
     attributes: pd.DataFrame, labels: pd.Series | None, num_bins: np.ndarray
 ) -> pd.DataFrame:
@@ -384,3 +351,34 @@ def _attrition(records: pd.DataFrame, events: pd.DataFrame, counts: pd.DataFrame
         .to_dict(),
     }
     return table
+
+# %% ../../nbs/1_data/10_challenge_2012.ipynb #169580bc
+def challenge_task(
+    source: Source,  # of kind "physionet-2012", with one set or several
+    protocol: Protocol,
+    timestep_hours: float = 1.0,  # length of a bin, hours
+) -> TaskData:
+    "In-hospital mortality from the first 48 hours."
+    records, labels = _read_sets(source)
+    kept, counts = clean_records(records, protocol)
+    names = [channel.name for channel in PHYSIONET_CHANNELS]
+    events = kept[kept["variable"].isin(names)].rename(
+        columns={"record": "sample_id", "variable": "channel"}
+    )
+    events["channel"] = events["channel"].cat.set_categories(names)
+    codes = [events[name].cat.codes.to_numpy(np.int64) for name in ("sample_id", "channel")]
+    hours, value = events["hours"].to_numpy(), events["value"].to_numpy()
+    cells = last_in_bin(codes[0], hours, codes[1], value, timestep_hours)
+    attributes = record_attributes(kept)
+    num_bins = np.full(len(attributes), count_bins(WINDOW_HOURS, timestep_hours))
+    return TaskData(
+        samples=_sample_table(attributes, labels, num_bins),
+        labels=["in_hospital_mortality"],
+        attributes=list(attributes),
+        series=series_from_cells(cells, num_bins, PHYSIONET_CHANNELS),
+        columns=column_names(PHYSIONET_CHANNELS),
+        channels=[{"name": c.name, "kind": c.kind, "unit": c.unit} for c in PHYSIONET_CHANNELS],
+        continuous=list(range(len(names))),
+        events=events.reset_index(drop=True),
+        attrition=_attrition(records, events, counts),
+    )

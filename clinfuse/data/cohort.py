@@ -75,7 +75,9 @@ def refuse_duplicates(tables: MimicTables, name: str, table: pd.DataFrame, key: 
 def select_cohort(
     tables: MimicTables,
     protocol: Protocol,
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # stays with the columns of `STAY_COLUMNS`; attrition
+) -> tuple[
+    pd.DataFrame, Attrition
+]:  # stays with the columns of `STAY_COLUMNS`; what each rule left
     "The ICU stays that a protocol admits."
     stays, attrition = joined_stays(tables), Attrition()
     attrition.keep(stays, None, "ICU stays of adult units with admission and patient")
@@ -104,4 +106,4 @@ def select_cohort(
         died_here = (stays["hospital_expire_flag"] == 1) | stays["deathtime"].notna()
         stays = stays.assign(in_hospital_mortality=died_here.astype("int64"))
     stays = stays.assign(is_female=(stays["gender"] == "F").astype(float), los_days=stays["los"])
-    return stays[list(STAY_COLUMNS)].reset_index(drop=True), attrition.table()
+    return stays[list(STAY_COLUMNS)].reset_index(drop=True), attrition
