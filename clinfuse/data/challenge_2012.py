@@ -70,8 +70,6 @@ _LABORATORY = (  # name, unit, assumed, lowest, highest
     ("WBC", "10^9/L", 7.5, 0.1, 900),
     ("pH", "", 7.4, 6.3, 8.4),
 )
-
-# %% ../../nbs/1_data/10_challenge_2012.ipynb #66b9add7
 PHYSIONET_CHANNELS: tuple[Channel, ...] = tuple(
     Channel(name, "continuous", unit, assumed, (low, low, high, high))
     for name, unit, assumed, low, high in sorted(
@@ -79,7 +77,7 @@ PHYSIONET_CHANNELS: tuple[Channel, ...] = tuple(
     )
 )
 
-# %% ../../nbs/1_data/10_challenge_2012.ipynb #8018f791
+# %% ../../nbs/1_data/10_challenge_2012.ipynb #66b9add7
 DESCRIPTORS: dict[str, tuple[float, float]] = {  # name -> lowest, highest possible
     "RecordID": (0, np.inf),
     "Age": (12, 120),  # years; 90 stands for 90 and more
@@ -88,9 +86,8 @@ DESCRIPTORS: dict[str, tuple[float, float]] = {  # name -> lowest, highest possi
     "ICUType": (1, 4),
     "Weight": (20, 350),  # kg; a time-stamped variable too
 }
-
-# %% ../../nbs/1_data/10_challenge_2012.ipynb #237059d4
 ICU_KINDS = {1: "icu_coronary", 2: "icu_cardiac_surgery", 3: "icu_medical", 4: "icu_surgical"}
+WINDOW_HOURS = 48.0  # hours from admission to the ICU to the prediction time, as in the challenge
 
 # %% ../../nbs/1_data/10_challenge_2012.ipynb #ba6e44e4
 def record_files(
@@ -153,14 +150,13 @@ def read_records(
     ):
         _name_malformed_row(path, bodies)
     minutes = np.array([int(t[:-3]) * 60 + int(t[-2:]) for t in distinct], dtype=float)
+    rows_of = np.repeat(np.arange(len(counts)), counts)
     return pd.DataFrame(
         {
-            "record": pd.Categorical.from_codes(
-                np.repeat(np.arange(len(counts)), counts), list(bodies)
-            ),
+            "record": pd.Categorical.from_codes(rows_of, pd.Index(bodies)),
             "hours": minutes[times.indices.to_numpy()] / 60,
             "variable": pd.Categorical.from_codes(
-                variables.indices.to_numpy(), variables.dictionary.to_pylist()
+                variables.indices, variables.dictionary.to_pylist()
             ),
             "value": value,
         }
@@ -209,41 +205,22 @@ def clean_records(
         "after hour 48": records["hours"].to_numpy() > WINDOW_HOURS,
         "impossible value": ((value < low) | (value > high)) & protocol.mends_values,
     }
-    dropped, counts = np.zeros(len(records), dtype=bool), []
+    hits, dropped = {}, np.zeros(len(records), dtype=bool)
     for rule, applies in rules.items():
-        counts.append(_count_rows(rule, names, code[applies & ~dropped]))
+        hits[rule] = code[applies & ~dropped]
         dropped |= applies
     kept = records[~dropped]
     order = np.lexsort((kept["hours"], kept["record"].cat.codes))
-    counts.append(
-        _count_rows(
-            "out of order", names, kept["variable"].cat.codes[np.diff(order, prepend=-1) < 0]
-        )
-    )
-    kept = kept.iloc[order].reset_index(drop=True)
-    counts.append(
-        _count_rows(
-            "measured twice in a minute", names, kept["variable"].cat.codes[_is_repeated(kept)]
-        )
-    )
-    return kept, pd.concat(counts, ignore_index=True)
-
-# %% ../../nbs/1_data/10_challenge_2012.ipynb #c978cce6
-WINDOW_HOURS = 48.0  # hours from admission to the ICU to the prediction time, as in the challenge
-
-
-def _count_rows(rule: str, names: list[str], codes: np.ndarray) -> pd.DataFrame:
-    rows = np.bincount(codes, minlength=len(names))
-    table = pd.DataFrame({"rule": rule, "variable": names, "rows": rows})
-    return table[rows > 0].sort_values("variable")
-
-
-def _is_repeated(records: pd.DataFrame) -> np.ndarray:
-    minute = np.rint(records["hours"].to_numpy() * 60).astype(np.int64)
-    record, variable = (
-        records[name].cat.codes.to_numpy(np.int64) for name in ("record", "variable")
-    )
-    return pd.Series((record * 100_000 + minute) * 1_000 + variable).duplicated().to_numpy()
+    hits["out of order"] = code[~dropped][np.flatnonzero(np.diff(order, prepend=-1) < 0)]
+    kept, code = kept.iloc[order].reset_index(drop=True), code[~dropped][order]
+    hits["measured twice in a minute"] = code[kept.duplicated(["record", "variable", "hours"])]
+    rows = [
+        (rule, names[variable], int(count))
+        for rule, codes in hits.items()
+        for variable, count in enumerate(np.bincount(codes, minlength=len(names)))
+        if count
+    ]
+    return kept, pd.DataFrame(rows, columns=["rule", "variable", "rows"])
 
 # %% ../../nbs/1_data/10_challenge_2012.ipynb #21c43bb6
 def record_attributes(
@@ -280,7 +257,9 @@ def read_outcomes(
         raise InputError(f"{path}: not a readable CSV file ({error})") from error
     for column in ("RecordID", label):
         if column not in table:
-            raise InputError(f"{path}: column {column!r} is missing; found: {', '.join(table)}")
+            raise InputError(
+                f"{path}: column {column!r} is missing; found: {', '.join(table.columns)}"
+            )
     wrong = table[~table[label].isin(["0", "1"])]
     if len(wrong):
         raise InputError(
@@ -309,6 +288,9 @@ def _read_sets(source: Source) -> tuple[pd.DataFrame, pd.Series | None]:
                 raise InputError(
                     f"{outcomes}: {len(absent)} records have no outcome, the first is {absent[0]}"
                 )
+    records = [record for table in tables for record in table["record"].cat.categories]
+    if len(set(records)) < len(records):
+        raise InputError(f"{source.folder}: a record is in two of {', '.join(sorted(paths))}")
     for column in ("record", "variable"):
         joined = union_categoricals([table[column] for table in tables], sort_categories=True)
         start = np.cumsum([0] + [len(table) for table in tables])
@@ -324,7 +306,7 @@ def _sample_table(
     nothing = pd.Series(pd.NA, index=record, dtype="Int64")
     ids = {
         "sample_id": record,
-        "subject_id": pd.array(record.astype("int64"), dtype="Int64"),
+        "subject_id": pd.Series(record.astype("int64"), dtype="Int64").array,
         "hadm_id": nothing.array,
         "stay_id": nothing.array,
         "prediction_time": pd.array([pd.NaT] * len(record), dtype="datetime64[us]"),
@@ -344,11 +326,10 @@ def _attrition(records: pd.DataFrame, events: pd.DataFrame, counts: pd.DataFrame
     table.attrs["counts"] = {
         "rows read": len(records),
         "records without a measurement": num_records - events["sample_id"].nunique(),
-        "rows by rule": counts.groupby("rule", sort=False)
-        .apply(
-            lambda rule: dict(zip(rule["variable"], map(int, rule["rows"]))), include_groups=False
-        )
-        .to_dict(),
+        "rows by rule": {
+            rule: dict(zip(part["variable"], part["rows"].tolist()))
+            for rule, part in counts.groupby("rule", sort=False)
+        },
     }
     return table
 
@@ -366,15 +347,16 @@ def challenge_task(
         columns={"record": "sample_id", "variable": "channel"}
     )
     events["channel"] = events["channel"].cat.set_categories(names)
+    events["available_hours"] = events["hours"]
     codes = [events[name].cat.codes.to_numpy(np.int64) for name in ("sample_id", "channel")]
     hours, value = events["hours"].to_numpy(), events["value"].to_numpy()
     cells = last_in_bin(codes[0], hours, codes[1], value, timestep_hours)
     attributes = record_attributes(kept)
-    num_bins = np.full(len(attributes), count_bins(WINDOW_HOURS, timestep_hours))
+    num_bins = count_bins(np.full(len(attributes), WINDOW_HOURS), timestep_hours)
     return TaskData(
         samples=_sample_table(attributes, labels, num_bins),
         labels=["in_hospital_mortality"],
-        attributes=list(attributes),
+        attributes=list(attributes.columns),
         series=series_from_cells(cells, num_bins, PHYSIONET_CHANNELS),
         columns=column_names(PHYSIONET_CHANNELS),
         channels=[{"name": c.name, "kind": c.kind, "unit": c.unit} for c in PHYSIONET_CHANNELS],

@@ -52,7 +52,7 @@ def modality_overlap(
 ) -> pd.DataFrame:  # combination of modalities by samples, share
     "Which kinds of data meet in one sample."
     has = {"radiograph": samples["radiograph"] >= 0}
-    texts = [name for name in samples if name.startswith("text_")]
+    texts = [name for name in map(str, samples.columns) if name.startswith("text_")]
     has |= {name.removeprefix("text_"): samples[name].notna() for name in texts}
     names = pd.Series("series", index=samples.index)
     for kind, is_there in has.items():

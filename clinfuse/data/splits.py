@@ -34,7 +34,9 @@ def split_by_patient(
     lots = {patient: hashlib.sha256(f"{seed}:{patient}".encode()).digest() for patient in patients}
     borders = np.rint(np.cumsum(fractions) * len(patients)).astype(int)
     places = np.searchsorted(borders, np.arange(len(patients)), side="right")
-    drawn = {patient: SPLITS[place] for patient, place in zip(sorted(lots, key=lots.get), places)}
+    drawn = {
+        patient: SPLITS[place] for patient, place in zip(sorted(lots, key=lots.__getitem__), places)
+    }
     return subjects.astype(str).map(drawn).rename("split").astype(object)
 
 # %% ../../nbs/1_data/09_splits.ipynb #b4a05143
@@ -66,7 +68,7 @@ def _read_split_table(path: Path) -> pd.DataFrame:
         raise InputError(f"splits file {path} does not exist")
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError) as error:
         raise InputError(f"{path}: not a readable CSV file: {error}") from error
     for column in ("subject_id", "split"):
         if column not in table:

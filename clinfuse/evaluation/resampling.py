@@ -57,6 +57,8 @@ def interval(
     return low, high
 
 # %% ../../nbs/7_evaluation/04_resampling.ipynb #cb53137c
+_BIASED = ("ece",)  # draws are shifted by the bootstrap's estimate of bias, and kept >= 0
+
 METRICS: dict[str, Callable[..., Any]] = {
     "auroc": discrimination.auroc,
     "auprc": discrimination.auprc,
@@ -141,6 +143,9 @@ def resample_metrics(
                 warnings.simplefilter("always", UndefinedMetric)
                 value, resamples = metric(*arrays), np.asarray(metric(*arrays, weights))
             notes = [str(w.message) for w in caught if issubclass(w.category, UndefinedMetric)]
+            notes = notes[: 1 if np.isnan(value) else None]
+            if name in _BIASED:
+                resamples = np.maximum(resamples - np.nanmean(resamples) + value, 0.0)
             found[str(label)][name] = Estimate(value, resamples, "; ".join(notes))
     return found | {"macro": {name: _macro(found, name) for name in metrics}}
 
