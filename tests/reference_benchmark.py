@@ -168,7 +168,7 @@ def read_events(folder, cohort):
 
 
 def laboratory_number(text):
-    return float(text) if re.match(r"^(\d+(\.\d*)?|\.\d+)$", text) else None
+    return float(text) if re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", text) else None
 
 
 def clean(variable, item, text):

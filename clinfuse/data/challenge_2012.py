@@ -7,6 +7,8 @@ __all__ = ['PHYSIONET_CHANNELS', 'DESCRIPTORS', 'ICU_KINDS', 'WINDOW_HOURS', 're
            'record_attributes', 'read_outcomes', 'challenge_task']
 
 # %% ../../nbs/1_data/10_challenge_2012.ipynb #6264bde4
+import gzip
+import io
 import re
 import tarfile
 import zlib
@@ -112,7 +114,10 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
         yield from ((file.name, file.read_bytes()) for file in path.glob("*.txt"))
         return
     try:
-        with tarfile.open(path, "r|*") as archive:
+        content = gzip.decompress(path.read_bytes())
+        if not content.endswith(bytes(1024)):
+            raise tarfile.ReadError("the end of the archive is missing")
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             for member in archive:
                 stream = archive.extractfile(member)
                 if stream is not None:
@@ -127,15 +132,13 @@ def read_records(
     "Read the rows of a set, in the order of the records and then of the file."
     bodies = {record: _rows_of(path, record, file) for record, file in record_files(path).items()}
     text = pa.dictionary(pa.int32(), pa.string())
+    types = {"time": text, "variable": text, "value": pa.float64()}
     try:
         table = csv.read_csv(
             pa.BufferReader(b"".join(bodies.values())),
-            csv.ReadOptions(column_names=["time", "variable", "value"]),
+            csv.ReadOptions(column_names=list(types)),
             csv.ParseOptions(quote_char=False, ignore_empty_lines=False),
-            csv.ConvertOptions(
-                column_types={"time": text, "variable": text, "value": pa.float64()},
-                null_values=[""],
-            ),
+            csv.ConvertOptions(column_types=types, null_values=[""]),
         ).unify_dictionaries()
     except pa.ArrowInvalid:
         _name_malformed_row(path, bodies)

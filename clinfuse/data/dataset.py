@@ -21,6 +21,7 @@ import pandas as pd
 import clinfuse
 from ..conventions import SAFE, InputError, Protocol, new_folder
 from .challenge_2012 import challenge_task
+from .clinical_text import link_texts
 from clinfuse.data.description import (
     Description,
     label_prevalence,
@@ -33,7 +34,7 @@ from clinfuse.data.radiographs import (
     read_radiograph_metadata,
     write_radiograph_cache,
 )
-from .sources import Source
+from .sources import Source, connect
 from .splits import SPLITS, read_splits, split_by_patient
 from .tasks import TaskData, mortality_task, require_task
 
@@ -169,7 +170,7 @@ def write_prepared(
         enhanced = [enhance_contrast(image) for image in plain]
         np.save(folder / "radiographs_clahe.npy", np.stack(enhanced) if images else plain)
         rows = pd.Series(range(len(images)), index=list(images), dtype="int64")
-        facts |= {"radiographs": {"images": len(images)}, "texts": _text_kinds(texts)}
+        facts |= {"radiographs": {"images": len(images)}, "texts": _text_facts(texts)}
         linked = _linked_columns(task_data.samples["sample_id"], rows, texts)
         state = _write_tables(folder, task_data, splits, linked)
         _write_manifest(folder, task_data, splits, facts, state)
@@ -199,8 +200,10 @@ def _source_facts(source: Source | None) -> dict[str, Any]:
     return {"kind": source.kind, "version": source.version, "files": files}
 
 
-def _text_kinds(texts: pd.DataFrame | None) -> dict[str, int]:
-    return {} if texts is None else {str(kind): int(texts[kind].notna().sum()) for kind in texts}
+def _text_facts(texts: pd.DataFrame | None) -> dict[str, Any]:
+    if texts is None:
+        return {}
+    return {str(kind): int(texts[kind].notna().sum()) for kind in texts} | texts.attrs
 
 
 def _linked_columns(
@@ -226,6 +229,9 @@ class _PreparedSamples:
         self.attributes: list[str] = self.manifest["attributes"]
         self.channels: list[str] = self.manifest["columns"]
         self.continuous: list[int] = self.manifest["continuous"]
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:  # to worker processes goes the path alone
+        return type(self), (self.path,)
 
     @cached_property
     def samples(self) -> pd.DataFrame:  # one row a sample, sorted by sample_id
@@ -274,7 +280,7 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def _read_normaliser(path: Path) -> dict[str, np.ndarray]:
-    state = json.loads(_read_file(path / "normaliser.json", Path.read_bytes))
+    state = _read_file(path / "normaliser.json", lambda file: json.loads(file.read_bytes()))
     if not state["num_steps"]:
         raise InputError(
             f"{path} has no training samples, so no scale; use that of the trained run"
@@ -283,11 +289,10 @@ def _read_normaliser(path: Path) -> dict[str, np.ndarray]:
 
 
 def _title(manifest: Mapping[str, Any]) -> str:
-    source, images = manifest["source"], manifest["radiographs"]["images"]
-    return (
-        f"{manifest['task']} ({manifest['protocol']}) from {source['kind']} {source['version']}: "
-        f"{manifest['num_samples']:,} samples, {len(manifest['columns'])} columns, {images:,} radiographs"
-    )
+    source = " ".join(manifest["source"][part] for part in ("kind", "version")).strip()
+    sizes = f"{manifest['num_samples']:,} samples, {len(manifest['columns'])} columns"
+    images = f"{manifest['radiographs']['images']:,} radiographs"
+    return f"{manifest['task']} ({manifest['protocol']}) from {source}: {sizes}, {images}"
 
 # %% ../../nbs/1_data/12_dataset.ipynb #be8f08a9
 class _PreparedEvents(_PreparedSamples):
@@ -398,7 +403,10 @@ def _write_radiographs(
 
 
 def _linked_texts(source: Source, samples: pd.DataFrame, protocol: Protocol) -> pd.DataFrame | None:
-    return None
+    if source.kind != "mimic-iv":
+        return None
+    texts = link_texts(connect(source), source, samples, protocol).set_index("sample_id")
+    return texts.rename(columns=lambda name: name.removeprefix("text_"))
 
 # %% ../../nbs/1_data/12_dataset.ipynb #48191bf4
 def prepare_folder(
@@ -428,7 +436,7 @@ def prepare_folder(
         state = _write_tables(
             folder, task_data, drawn, _linked_columns(samples["sample_id"], rows, texts)
         )
-        found = facts.result() | {"radiographs": images, "texts": _text_kinds(texts)}
+        found = facts.result() | {"radiographs": images, "texts": _text_facts(texts)}
         if splits is not None:
             found |= {"seed": None, "splits_file": file_checksum(splits)}
         _write_manifest(folder, task_data, drawn, found, state)

@@ -21,6 +21,7 @@ from clinfuse.data.channels import (
     SPELLINGS,
     Channel,
     category_table,
+    channel_items,
     charted_rows,
     column_names,
     numeric_text,
@@ -65,7 +66,7 @@ def published_rows(
     "What the benchmark takes for the events of a stay: one winner of each channel at each time."
     import ibis
 
-    rows = published_values(charted_rows(tables, protocol))
+    rows = published_values(charted_rows(tables, channel_items(protocol)))
     rows = rows.filter(rows.number.notnull() | rows.text.notnull())
     admissions = cohort[["hadm_id", "stay_id"]].rename(columns={"stay_id": "only_stay_id"})
     rows = rows.inner_join(ibis.memtable(admissions), "hadm_id")
@@ -95,7 +96,7 @@ def safe_rows(
     "The cleaned values that were measured in the window and stored before its end."
     import ibis
 
-    rows = safe_values(charted_rows(tables, protocol))
+    rows = safe_values(charted_rows(tables, channel_items(protocol)))
     stays = ibis.memtable(windows[["sample", "subject_id", "intime", "end_hours"]])
     rows = with_seconds(rows.inner_join(stays, "subject_id"))
     known = rows.available if protocol.waits_for_storage else rows.seconds

@@ -35,6 +35,47 @@ if TYPE_CHECKING:
 
     from clinfuse.data.dataset import PreparedData
 
+# %% ../../nbs/8_use/01_reports.ipynb #92997369
+STYLE_SHEET = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #f3f4f6; --line: #d5d8dd; --accent: #0072b2; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --paper: #15171a; --soft: #22262b; --line: #3b4148; --accent: #6cb8e6; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 54rem; padding: 2rem 1.2rem 4rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.3rem 0 0; }
+small { opacity: .8; white-space: nowrap; }
+.lead { color: var(--accent); margin: 0 0 1.5rem; }
+.short { background: var(--soft); border-left: 4px solid var(--accent); padding: .8rem 1.2rem; }
+.short h2 { border: 0; margin: 0; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; margin: .8rem 0; }
+th, td { padding: .3rem .6rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+thead th { border-bottom: 2px solid var(--line); }
+.wide { overflow-x: auto; }
+figure { margin: 1rem 0; }
+img { width: 100%; max-width: 44rem; background: #fff; padding: .3rem; display: block; } figcaption, .note { font-size: .86rem; opacity: .85; }
+@page { size: A4; margin: 16mm; }
+@media print {
+  :root { --ink: #000; --paper: #fff; --soft: #f3f4f6; --line: #bbb; --accent: #005a8c; }
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  figure, table, .short { break-inside: avoid; } h2 { break-after: avoid; } }
+"""
+
+
+def _is_number(value: Any) -> bool:
+    return value is not None and bool(np.isfinite(value))
+
+
+def _name(metrics: Mapping[str, Any]) -> str:
+    labels = next(iter(metrics["runs"].values()))["labels"]
+    return "AUROC" if len(labels) == 1 else f"mean AUROC of {len(labels)} outcomes"
+
+
+def _inputs(subset: str) -> str:
+    return subset.replace("_and_", " + ").replace("_", " ")
+
 # %% ../../nbs/8_use/01_reports.ipynb #185eabb8
 def summary_sentences(
     metrics: Mapping[str, Any],  # from `evaluate_runs`, or read from metrics.json
@@ -75,20 +116,7 @@ def summary_sentences(
         )
     return sentences
 
-# %% ../../nbs/8_use/01_reports.ipynb #92997369
-def _is_number(value: Any) -> bool:
-    return value is not None and bool(np.isfinite(value))
-
-
-def _inputs(subset: str) -> str:
-    return subset.replace("_and_", " + ").replace("_", " ")
-
-
-def _name(metrics: Mapping[str, Any]) -> str:
-    labels = next(iter(metrics["runs"].values()))["labels"]
-    return "AUROC" if len(labels) == 1 else f"mean AUROC of {len(labels)} outcomes"
-
-
+# %% ../../nbs/8_use/01_reports.ipynb #29a08380
 def _bounds(found: Mapping[str, Any]) -> str:
     if not _is_number(found["low"]) or not _is_number(found["high"]):
         return "no interval"
@@ -108,21 +136,16 @@ def _difference(
     metrics: Mapping[str, Any], a: str, b: str, label: str, metric: str
 ) -> dict[str, Any]:
     for pair in metrics["pairs"]:
-        if (pair["label"], pair["metric"]) == (label, metric):
-            if (pair["a"], pair["b"]) == (a, b):
-                return {key: pair[key] for key in ("difference", "low", "high")}
-            if (pair["a"], pair["b"]) == (b, a) and _is_number(pair["low"]):
-                return {
-                    "difference": -pair["difference"],
-                    "low": -pair["high"],
-                    "high": -pair["low"],
-                }
+        if (pair["label"], pair["metric"]) == (label, metric) and {pair["a"], pair["b"]} == {a, b}:
+            if pair["a"] == a or not _is_number(pair["low"]):
+                return pair
+            return {"difference": -pair["difference"], "low": -pair["high"], "high": -pair["low"]}
     return {"difference": None, "low": None, "high": None}
 
 
 def _verdict(metrics: Mapping[str, Any], best: str, other: str, label: str) -> str:
     found = _difference(metrics, best, other, label, "auroc")
-    if not all(map(_is_number, found.values())):
+    if not _is_number(found["low"]):
         return f"{best} and {other} cannot be compared on these patients."
     gap = f"AUROC difference {found['difference']:.3f}, {_bounds(found)}"
     if found["low"] > 0:
@@ -156,7 +179,7 @@ def differences_figure(
                 axis.plot(gap["difference"], row, "o", color=colour, markersize=5)
         axis.set_xlabel(f"difference in {name.upper()}")
     axes[0].set(yticks=range(len(pairs)), ylim=(-0.6, max(len(pairs), 1) - 0.4))
-    axes[0].set_yticklabels([f"{a} − {b}" for a, b in pairs], fontsize=8)
+    axes[0].set_yticklabels([f"{a} over {b}" for a, b in pairs], fontsize=8)
     return drawn
 
 # %% ../../nbs/8_use/01_reports.ipynb #d0982559
@@ -277,35 +300,6 @@ def radiograph_table(
         table = metrics_table(found, ("auroc",)).xs(_headline(found), level="label")
         columns[f"{group} ({num_samples:,})"] = table["auroc"]
     return pd.DataFrame(columns)
-
-# %% ../../nbs/8_use/01_reports.ipynb #be8c58a4
-STYLE_SHEET = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #f3f4f6; --line: #d5d8dd; --accent: #0072b2; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e8; --paper: #15171a; --soft: #22262b; --line: #3b4148; --accent: #6cb8e6; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 54rem; padding: 2rem 1.2rem 4rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
-h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.3rem 0 0; }
-small { opacity: .8; white-space: nowrap; }
-.lead { color: var(--accent); margin: 0 0 1.5rem; }
-.short { background: var(--soft); border-left: 4px solid var(--accent); padding: .8rem 1.2rem; }
-.short h2 { border: 0; margin: 0; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; margin: .8rem 0; }
-th, td { padding: .3rem .6rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
-thead th { border-bottom: 2px solid var(--line); }
-.wide { overflow-x: auto; }
-figure { margin: 1rem 0; }
-img { width: 100%; max-width: 44rem; background: #fff; border-radius: 4px; padding: .3rem; display: block; }
-figcaption, .note { font-size: .86rem; opacity: .85; }
-@page { size: A4; margin: 16mm; }
-@media print {
-  :root { --ink: #000; --paper: #fff; --soft: #f3f4f6; --line: #bbb; --accent: #005a8c; }
-  body { max-width: none; padding: 0; font-size: 10pt; }
-  figure, table, .short { break-inside: avoid; } h2 { break-after: avoid; } }
-"""
 
 # %% ../../nbs/8_use/01_reports.ipynb #bf063ba4
 def cohort_tables(

@@ -81,7 +81,7 @@ def draw_course(
     severity = stays["severity"].to_numpy()
     own_level, own_drift = generator.standard_normal((2, len(stays)))
     first = vital.mean + vital.spread * own_level + vital.level * severity
-    drift = vital.trend * (severity + 0.2 * own_drift)
+    drift = vital.trend * (severity + 0.15 * own_drift)
     elapsed = np.clip((time - start[stay]) / (48 * 3600), 0, 1)
     noise = vital.noise * generator.standard_normal(len(stay), dtype=np.float32)
     value = first[stay] + drift[stay] * elapsed + noise
