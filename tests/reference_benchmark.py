@@ -204,7 +204,10 @@ def clean(variable, item, text):
 
 
 def largest_at_each_time(events):
-    """(time, variable) -> value; and time -> the stays that charted anything then."""
+    """(time, variable) -> value; and time -> the stays that charted anything then.
+
+    The benchmark makes one row of all values of a patient at one time, so that a stay owns the whole row.
+    """
     values, stays = {}, {}
     for time, variable, item, text, stay_id in events:
         value = clean(variable, item, text)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -331,3 +332,52 @@ def test_set_a(challenge_2012, tmp_path):
     hours = events.loc[events["channel"] == "HR", "hours"]
     measured = series[:, data.channels.index("mask->HR")]
     assert set(np.flatnonzero(measured)) == {max(0, int(hour - 1e-6)) for hour in hours}
+
+
+@pytest.fixture(scope="module")
+def ward(tmp_path_factory):
+    from clinfuse.ward.synthetic_ward import write_ward
+
+    folder = tmp_path_factory.mktemp("ward") / "ward"
+    write_ward(folder, num_stays=60, seed=2, quiet=True)
+    return folder
+
+
+def test_bad_radiographs_are_named_and_count_as_none(ward, tmp_path):
+    whole = prepare_folder(open_source(ward), tmp_path / "whole", quiet=True)
+    folder = shutil.copytree(ward, tmp_path / "ward")
+    for file in sorted((folder / "mimic-cxr-jpg").rglob("*.jpg"))[::2]:
+        file.write_bytes(file.read_bytes()[:500])
+    data = prepare_folder(open_source(folder), tmp_path / "x", quiet=True)
+    bad = data.manifest["radiographs"]["bad"]
+    images = [len(part.radiograph_array()) for part in (data, whole)]
+    assert bad and images[0] + len(bad) == images[1]
+    assert all(item["path"].startswith("files/p10/") and item["reason"] for item in bad)
+    assert f"({len(bad)} unreadable)" in repr(data)
+    assert np.array_equal(data.series_array, whole.series_array)
+    for sample in data.samples.loc[data.samples["radiograph"] >= 0, "sample_id"]:
+        assert np.array_equal(data.radiograph(sample), whole.radiograph(sample))
+
+
+def test_ward_twice_gives_the_same_bytes(ward, tmp_path):
+    for name in ("one", "two"):
+        prepare_folder(open_source(ward), tmp_path / name, protocol=PUBLISHED, quiet=True)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_every_event_of_a_safe_ward_was_known_in_time(ward, tmp_path):
+    data = prepare_folder(open_source(ward), tmp_path / "x", quiet=True)
+    assert (
+        data.events_table["hours"].max() <= 48 and data.events_table["available_hours"].max() <= 48
+    )
+    assert (data.events_table["available_hours"] >= data.events_table["hours"]).all()
+    assert data.events_table["sample_id"].cat.codes.is_monotonic_increasing
+
+
+def test_mimic_demo(mimic_demo, tmp_path):
+    data = prepare_folder(open_source(mimic_demo), tmp_path / "x", quiet=True)
+    assert data.series_array.shape == (48 * len(data.samples), 76)
+    assert data.manifest["source"]["files"]["icu/chartevents"]["bytes"] > 1_000_000
+    assert set(data.manifest["texts"]) == {"titles", "radiology", "codes_without_title"}
+    split_of = data.samples.groupby("subject_id")["split"].nunique()
+    assert split_of.max() == 1

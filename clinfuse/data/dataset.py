@@ -170,7 +170,7 @@ def write_prepared(
         enhanced = [enhance_contrast(image) for image in plain]
         np.save(folder / "radiographs_clahe.npy", np.stack(enhanced) if images else plain)
         rows = pd.Series(range(len(images)), index=list(images), dtype="int64")
-        facts |= {"radiographs": {"images": len(images)}, "texts": _text_facts(texts)}
+        facts |= {"radiographs": {"images": len(images), "bad": []}, "texts": _text_facts(texts)}
         linked = _linked_columns(task_data.samples["sample_id"], rows, texts)
         state = _write_tables(folder, task_data, splits, linked)
         _write_manifest(folder, task_data, splits, facts, state)
@@ -203,7 +203,9 @@ def _source_facts(source: Source | None) -> dict[str, Any]:
 def _text_facts(texts: pd.DataFrame | None) -> dict[str, Any]:
     if texts is None:
         return {}
-    return {str(kind): int(texts[kind].notna().sum()) for kind in texts} | texts.attrs
+    return {str(kind): int(texts[kind].notna().sum()) for kind in texts} | {
+        str(k): v for k, v in texts.attrs.items()
+    }
 
 
 def _linked_columns(
@@ -291,7 +293,8 @@ def _read_normaliser(path: Path) -> dict[str, np.ndarray]:
 def _title(manifest: Mapping[str, Any]) -> str:
     source = " ".join(manifest["source"][part] for part in ("kind", "version")).strip()
     sizes = f"{manifest['num_samples']:,} samples, {len(manifest['columns'])} columns"
-    images = f"{manifest['radiographs']['images']:,} radiographs"
+    images, bad = (manifest["radiographs"][part] for part in ("images", "bad"))
+    images = f"{images:,} radiographs" + (f" ({len(bad):,} unreadable)" if bad else "")
     return f"{manifest['task']} ({manifest['protocol']}) from {source}: {sizes}, {images}"
 
 # %% ../../nbs/1_data/12_dataset.ipynb #be8f08a9
@@ -389,7 +392,7 @@ def _write_radiographs(
     if source.radiographs is None or "intime" not in samples:
         for name in ("radiographs.npy", "radiographs_clahe.npy"):
             np.save(folder / name, np.zeros((0, 256, 256), dtype=np.uint8))
-        return pd.Series(dtype="int64"), {"images": 0}
+        return pd.Series(dtype="int64"), {"images": 0, "bad": []}
     root = source.radiographs
     links = link_radiographs(samples, read_radiograph_metadata(root), protocol)
     cache = write_radiograph_cache(links, folder, quiet)
@@ -397,9 +400,8 @@ def _write_radiographs(
         {"path": Path(path).relative_to(root).as_posix(), "reason": reason}
         for path, reason in zip(cache.bad["path"], cache.bad["reason"])
     ]
-    files = {file.name: file_checksum(file) for file in sorted(root.glob("*.csv*"))}
     images = {"images": int(cache.rows.max() + 1) if len(cache.rows) else 0}
-    return cache.rows, images | {"counts": links.attrs["counts"], "bad": bad, "files": files}
+    return cache.rows, images | {"counts": links.attrs["counts"], "bad": bad}
 
 
 def _linked_texts(source: Source, samples: pd.DataFrame, protocol: Protocol) -> pd.DataFrame | None:

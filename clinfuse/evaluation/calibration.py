@@ -66,10 +66,15 @@ def expected_calibration_error(
     adaptive: bool = False,  # see `bin_edges`
 ) -> np.ndarray | float:  # (resample,) between 0 and 1; 0 is best
     "Mean distance between forecast and observed share over the bins."
-    bins = calibration_bins(targets, scores, weights, num_bins, adaptive)
-    distance = np.nan_to_num(np.abs(bins.observed - bins.forecasts))
-    error = (bins.weights * distance).sum(axis=0) / bins.weights.sum(axis=0)
-    return error if error.ndim else float(error)
+    targets, scores = np.asarray(targets, dtype=float), np.asarray(scores, dtype=float)
+    edges = bin_edges(scores, num_bins, adaptive)
+    inside = np.digitize(scores, edges[1:-1], right=True) == np.arange(len(edges) - 1)[:, None]
+    gaps = inside * (targets - scores)
+
+    def statistic(block: np.ndarray) -> np.ndarray:
+        return np.abs(gaps @ block).sum(axis=0) / block.sum(axis=0)
+
+    return over_resamples(statistic, len(scores), weights, "ECE needs a sample")
 
 # %% ../../nbs/7_evaluation/03_calibration.ipynb #c833df94
 def brier(
@@ -81,7 +86,11 @@ def brier(
     scores = np.asarray(scores, dtype=float)
     bin_edges(scores)
     errors = np.square(scores - np.asarray(targets, dtype=float))
-    return over_resamples(lambda block: errors @ block / block.sum(axis=0), len(errors), weights)
+
+    def statistic(block: np.ndarray) -> np.ndarray:
+        return errors @ block / block.sum(axis=0)
+
+    return over_resamples(statistic, len(errors), weights, "the Brier score needs a sample")
 
 # %% ../../nbs/7_evaluation/03_calibration.ipynb #db6b18a8
 def brier_decomposition(

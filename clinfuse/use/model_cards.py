@@ -27,17 +27,19 @@ def card_head(
 
     source = manifest["source"]
     data_name = f"{source['kind']} {source['version']}".strip()
+    labels = found["labels"] if found is not None else {}
+    split = found["split"] if found is not None else None
     results = [
         EvalResult(
             task_type="tabular-classification",
             dataset_type=source["kind"],
             dataset_name=f"{data_name}, {label}",
-            dataset_split=found["split"],
+            dataset_split=split,
             metric_type=metric,
             metric_value=round(estimate["value"], 4),
             metric_args={"interval": [round(estimate[end], 4) for end in ("low", "high")]},
         )
-        for label, estimates in (found["labels"].items() if found else ())
+        for label, estimates in labels.items()
         for metric, estimate in estimates.items()
         if all(_is_number(estimate[key]) for key in ("value", "low", "high"))
     ]
@@ -58,7 +60,7 @@ def training_table(
     history: pd.DataFrame,  # one row an epoch; stage, seconds and validation_* where known
 ) -> pd.DataFrame:  # one row a stage
     "Epochs, seconds and best validation metric of every stage."
-    stages = history.assign(stage=history["stage"] if "stage" in history else "training")
+    stages = history.assign(stage=history.get("stage", "training"))
     rows = []
     for stage, part in stages.groupby("stage", sort=False):
         row: dict[str, Any] = {"stage": stage, "epochs": len(part)}
@@ -90,8 +92,9 @@ def card_sections(
         sections["How common the outcome was"] = _markdown(prevalence.round(4))
     rules = protocol_table()[[manifest["protocol"]]].reset_index()
     sections["What the model was allowed to know"] = _markdown(rules)
-    has_history = history is not None and len(history) > 0
-    sections["Training"] = _markdown(training_table(history)) if has_history else unknown
+    sections["Training"] = unknown
+    if history is not None and len(history):
+        sections["Training"] = _markdown(training_table(history))
     sections["Results"] = "Not evaluated yet."
     if found:
         table = metrics_table({"runs": {config["system"]: found}}, tuple(found["macro"]))

@@ -43,11 +43,13 @@ VITALS = {
 # %% ../../nbs/0_ward/02_measurements.ipynb #61ac6f5b
 def draw_times(
     stays: pd.DataFrame,  # with intime and last_seen (timestamps), severity
-    interval_hours: float,  # between two measurements at severity 0, in the first 48 hours
+    interval_hours: float,  # between two measurements at severity 0, in the first 48 hours, > 0
     generator: np.random.Generator,
     chosen: np.ndarray | None = None,  # (sample,) bool, the stays in which it is measured at all
 ) -> tuple[np.ndarray, np.ndarray]:  # (event,) row of the stay; (event,) seconds since 1970
-    "When something is measured: oftener in the sick, half as often after 48 hours, mostly on the hour."
+    "When something is measured: oftener in the sick, half as often after 48 hours."
+    if interval_hours <= 0:
+        raise ValueError(f"an interval lasts longer than 0 hours, got {interval_hours}")
     start, end = (
         stays[name].to_numpy().astype("datetime64[s]").astype(np.int64)
         for name in ("intime", "last_seen")
@@ -59,13 +61,13 @@ def draw_times(
         counts = counts * chosen
     stay = np.repeat(np.arange(len(stays)), counts)
     step = np.arange(len(stay)) - np.repeat(np.cumsum(counts) - counts, counts)
-    hour = (step + generator.random(len(stay), dtype=np.float32)) * pace[stay]
+    hour = (step + generator.random(len(stay))) * pace[stay]
     hour = np.where(hour < 48, hour, 2 * hour - 48)
     exact = start[stay] + (3600 * hour).astype(np.int64)
     on_the_hour = exact // 3600 * 3600
-    snaps = (generator.random(len(stay), dtype=np.float32) < 0.6) & (on_the_hour >= start[stay])
+    snaps = (generator.random(len(stay)) < 0.6) & (on_the_hour >= start[stay])
     time = np.where(snaps, on_the_hour, np.maximum(exact // 60 * 60, start[stay]))
-    kept = generator.random(len(stay), dtype=np.float32) < 0.96
+    kept = generator.random(len(stay)) < 0.96
     return stay[kept], time[kept]
 
 # %% ../../nbs/0_ward/02_measurements.ipynb #7cb95bd3
@@ -76,14 +78,14 @@ def draw_course(
     time: np.ndarray,  # (event,) seconds since 1970
     generator: np.random.Generator,
 ) -> np.ndarray:  # (event,) values, rounded as charted
-    "Values of one quantity: a patient's own level, a drift that follows the severity, and noise."
+    "Values of one quantity: a patient's own normal, a drift that follows the severity, and noise."
     start = stays["intime"].to_numpy().astype("datetime64[s]").astype(np.int64)
     severity = stays["severity"].to_numpy()
-    own_level, own_drift = generator.standard_normal((2, len(stays)))
-    first = vital.mean + vital.spread * own_level + vital.level * severity
+    own_normal, own_drift = generator.standard_normal((2, len(stays)))
+    first = vital.mean + vital.spread * own_normal + vital.level * severity
     drift = vital.trend * (severity + 0.15 * own_drift)
     elapsed = np.clip((time - start[stay]) / (48 * 3600), 0, 1)
-    noise = vital.noise * generator.standard_normal(len(stay), dtype=np.float32)
+    noise = vital.noise * generator.standard_normal(len(stay))
     value = first[stay] + drift[stay] * elapsed + noise
     return np.minimum(np.round(value, vital.decimals), vital.highest)
 
@@ -109,11 +111,11 @@ def events(
 ) -> dict[str, np.ndarray]:  # stay, time, stored, item, value, text
     "Events as a few long arrays."
     count = len(stay)
-    delay = (np.broadcast_to(delay_hours, count) * 60).astype(np.int64) * 60
+    minutes = np.rint(60 * np.broadcast_to(delay_hours, count)).astype(np.int64)
     return {
         "stay": stay.astype(np.int32),
         "time": time,
-        "stored": time + delay,
+        "stored": time + 60 * minutes,
         "item": np.broadcast_to(np.asarray(item, np.int32), count),
         "value": np.broadcast_to(np.asarray(value, float), count),
         "text": np.broadcast_to(np.asarray(text, np.int8), count),
@@ -132,12 +134,10 @@ def draw_vitals(
     has_line: np.ndarray,  # (sample,) bool, an arterial line measures the pressure
     generator: np.random.Generator,
 ) -> list[dict[str, np.ndarray]]:  # events
-    "The hourly panel of the monitor: rates, saturation and the three pressures."
+    "The panel of the monitor: rates, saturation and the three pressures."
     stay, time = draw_times(stays, 0.8, generator)
-    values = {
-        name: draw_course(VITALS[name], stays, stay, time, generator)
-        for name in ("heart rate", "respiratory rate", "oxygen saturation", "systolic", "diastolic")
-    }
+    names = ("heart rate", "respiratory rate", "oxygen saturation", "systolic", "diastolic")
+    values = {name: draw_course(VITALS[name], stays, stay, time, generator) for name in names}
     noise = generator.normal(0, 2.5, len(stay))
     values["mean"] = np.round((values["systolic"] + 2 * values["diastolic"]) / 3 + noise)
     by_hand = generator.random(len(stay)) < 0.003
@@ -151,8 +151,8 @@ def draw_vitals(
         items[name] = np.where(has_line[stay], by_line, by_cuff)
     made = []
     for name, item in items.items():
-        kept = generator.random(len(stay), dtype=np.float32) < 0.97
-        delay = 0.4 * generator.standard_exponential(kept.sum(), dtype=np.float32)
+        kept = generator.random(len(stay)) < 0.97
+        delay = 0.4 * generator.standard_exponential(kept.sum())
         item = np.broadcast_to(item, len(stay))[kept]
         made.append(events(stay[kept], time[kept], item, values[name][kept], -1, delay))
     return made
@@ -168,13 +168,10 @@ def draw_glasgow(
     depth = draw_course(VITALS["unconsciousness"], stays, stay, time, generator)
     delay = 0.4 * generator.standard_exponential(len(stay))
     made = []
-    for item, best, first, scale in (
-        (220739, 4, 0, 1.1),
-        (223901, 6, 4, 1.2),
-        (223900, 5, 10, 1.4),
-    ):
+    parts = ((220739, 4, 0, 1.1), (223901, 6, 4, 1.2), (223900, 5, 10, 1.4))
+    for item, best, first_text, scale in parts:
         lost = np.clip(scale * depth, 0, best - 1).astype(int)
-        score, text = best - lost, first + lost
+        score, text = best - lost, first_text + lost
         if item == 223900:
             score = np.where(has_tube[stay], 1, score)
             text = np.where(has_tube[stay], TEXTS.index("No Response-ETT"), text)
@@ -214,8 +211,7 @@ def draw_bedside(
     item = np.where(generator.random(len(stay)) < 0.5, 223951, 224308)
     made.append(events(stay, time, item, np.nan, np.where(is_slow, 17, 16), 0.3))
     stay, time = draw_times(stays, 12.0, generator)
-    made.append(events(stay, time, 220046, 120.0))
-    return made
+    return [*made, events(stay, time, 220046, 120.0)]
 
 # %% ../../nbs/0_ward/02_measurements.ipynb #d9ce0de3
 def draw_size(
@@ -268,7 +264,7 @@ def draw_laboratory(
     sugar = generator.choice((np.nan, 100.0, 250.0, 1000.0), len(stay), p=(0.8, 0.1, 0.06, 0.04))
     text = np.where(np.isnan(sugar), TEXTS.index("NEG."), -1)
     made.append(events(stay, time, 51478, sugar, text, 0.8))
-    acidity = generator.integers(10, 18, len(stay)) / 2
+    acidity = generator.integers(10, 16, len(stay)) / 2
     item = np.where(generator.random(len(stay)) < 0.02, 51094, 51491)
     made.append(events(stay, time, item, acidity, -1, 0.8))
     stay, time = draw_times(stays, 36.0, generator, generator.random(len(stays)) < 0.03)
@@ -283,25 +279,23 @@ def spoil(
     "Mistakes of the hand and the machine: slipped digits, wrong fields, flushed lines."
     item, value = charts["item"], charts["value"].copy()
     chance = generator.random(len(item))
-    celsius, fahrenheit = item == 223762, item == 223761
-    line, kilograms = np.isin(item, (220050, 220051, 220052)), item == 226512
-    for rows, share, wrong in (
-        (item == 220045, 0.0002, lambda x: 1e6 + 0 * x),
-        (item == 220210, 0.0001, lambda x: 7000400 + 0 * x),
-        (line, 0.001, lambda x: -16 + 0 * x),
-        (line, 0.001, lambda x: x + 240),
-        (item == 220277, 0.0005, lambda x: 0 * x),
-        (item == 220277, 0.001, lambda x: x / 100),
-        (celsius, 0.02, lambda x: np.round(1.8 * x + 32, 1)),
-        (fahrenheit, 0.005, lambda x: np.round((x - 32) / 1.8, 1)),
-        (kilograms, 0.03, lambda x: np.round(x / 0.45359237, 1)),
-        (item == 223835, 0.002, lambda x: 0 * x),
-        (item == 223830, 0.002, lambda x: np.round(100 * x)),
+    line = np.isin(item, (220050, 220051, 220052))
+    for rows, share, factor, offset in (
+        (item == 220045, 0.0002, 0, 1e6),
+        (item == 220210, 0.0001, 0, 7000400),
+        (line, 0.001, 0, -16),
+        (line, 0.001, 1, 240),
+        (item == 220277, 0.0005, 0, 0),
+        (item == 220277, 0.001, 0.01, 0),
+        (item == 223762, 0.02, 1.8, 32),
+        (item == 223761, 0.005, 1 / 1.8, -32 / 1.8),
+        (item == 226512, 0.03, 1 / 0.45359237, 0),
+        (item == 223835, 0.002, 0, 0),
+        (item == 223830, 0.002, 100, 0),
     ):
-        struck = rows & (chance < share)
-        value[struck] = wrong(value[struck])
+        struck = rows & (chance >= 0) & (chance < share)
+        value[struck] = np.round(factor * value[struck] + offset, 2)
         chance = np.where(rows, chance - share, chance)
-        chance[chance < 0] = 1
     return {**charts, "value": value}
 
 # %% ../../nbs/0_ward/02_measurements.ipynb #e3f5d608
