@@ -398,6 +398,8 @@ def random_stays(chance, subject):
         row |= {"first_careunit": UNIT, "last_careunit": chance.choice([UNIT] * 4 + [OTHER_UNIT])}
         row |= {"intime": start, "outtime": start + timedelta(seconds=seconds)}
         stays.append(row | {"los": repr(seconds / 86400)})
+    if len(stays) == 1 and chance.random() < 0.5:
+        stays[0]["outtime"] -= timedelta(hours=10)  # then later rows count by their stay_id alone
     return stays
 
 

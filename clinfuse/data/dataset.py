@@ -260,10 +260,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     if not file.is_file():
         raise InputError(f"{path} is no prepared folder: there is no manifest.json in it")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: damaged ({error})") from error
+    manifest = _read_file(file, lambda file: json.loads(file.read_bytes()))
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise InputError(f"{file}: format {found!r}; this version of clinfuse reads {FORMAT}")
