@@ -165,7 +165,9 @@ def test_blocks_do_not_show():
     weights = patient_weights(np.arange(20_000), 40)
     for name, metric in METRICS.items():
         rows = [metric(targets, scores, weights[r]) for r in (0, 17, 39)]
-        np.testing.assert_allclose(metric(targets, scores, weights)[[0, 17, 39]], rows, err_msg=name)
+        np.testing.assert_allclose(
+            metric(targets, scores, weights)[[0, 17, 39]], rows, err_msg=name
+        )
 
 
 @settings(max_examples=60, deadline=None)
@@ -218,7 +220,9 @@ def test_a_run_does_not_differ_from_itself():
 
 def test_pairs_are_draw_by_draw():
     a, b = np.array([0.5, 0.7, np.nan]), np.array([0.4, 0.8, 0.1])
-    runs = {name: {"death": {"auroc": Estimate(0.6, draws)}} for name, draws in (("a", a), ("b", b))}
+    runs = {
+        name: {"death": {"auroc": Estimate(0.6, draws)}} for name, draws in (("a", a), ("b", b))
+    }
     (pair,) = compare_pairs(runs, level=0.5)
     assert pair["share_above_zero"] == 0.5
     np.testing.assert_allclose([pair["low"], pair["high"]], [-0.05, 0.05])

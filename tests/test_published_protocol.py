@@ -483,5 +483,15 @@ def test_random_hospitals_are_bit_equal(
             package_mortality(folder, timestep_hours)
 
 
+@pytest.mark.parametrize("name", ["hosp/admissions", "hosp/patients"])
+def test_stays_without_admission_or_patient_are_left_out(tmp_path, name):
+    tables = random_hospital(seed=20, num_patients=6, num_events=200)
+    tables[name] = tables[name][:3]
+    folder = write_hospital(tmp_path, tables)
+    expected = reference_mortality(folder, 1)
+    assert expected
+    assert_same(package_mortality(folder, 1), expected)
+
+
 def test_items_are_disjoint():
     assert len(VARIABLE_OF_ITEM) == sum(len(items.split()) for items in ITEMS.values()) == 44

@@ -336,7 +336,8 @@ class PreparedData(_PreparedEvents):
     def series(self, sample_id: str) -> np.ndarray:  # float32 (time, column), a copy
         "The grid of one sample, in the units of its channels."
         row = self.samples.iloc[self.position(sample_id)]
-        return self.series_array[row.series_start : row.series_start + row.series_length].copy()
+        begin = int(row["series_start"])
+        return np.array(self.series_array[begin : begin + int(row["series_length"])])
 
     def normalised_series(self, sample_id: str) -> np.ndarray:  # float32 (time, column)
         "The grid of one sample, its continuous columns on one scale."

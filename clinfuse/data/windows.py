@@ -70,7 +70,8 @@ def last_in_bin(
     is_last = np.ones(len(order), dtype=bool)
     is_last[:-1] = np.any([np.diff(array) != 0 for array in ids], axis=0)
     values = np.asarray(value, dtype=np.float64)[order]
-    return Cells(*(array[is_last] for array in ids), value=values[is_last])
+    samples, bins, channels = (array[is_last] for array in ids)
+    return Cells(samples, bins, channels, values[is_last])
 
 # %% ../../nbs/1_data/04_windows.ipynb #de00db07
 def carry_forward(
@@ -231,7 +232,7 @@ def with_glasgow_totals(
     keys = [part.sample * 10**9 + np.rint(part.hours * 3600).astype(np.int64) for part in parts]
     common = reduce(np.intersect1d, keys)
     parts = [part.take(np.searchsorted(key, common)) for part, key in zip(parts, keys)]
-    scores = sum(event_scores(part, MIMIC_CHANNELS) for part in parts)
+    scores = np.sum([event_scores(part, MIMIC_CHANNELS) for part in parts], axis=0)
     position = {int(score): place for place, score in enumerate(MIMIC_CHANNELS[total].scores)}
     totals = replace(
         parts[0],

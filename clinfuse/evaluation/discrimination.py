@@ -45,12 +45,14 @@ def over_resamples(
     rows = np.ones((1, num_samples)) if weights is None else np.atleast_2d(np.asarray(weights))
     if rows.shape[1] != num_samples:
         raise InputError(f"weights are for {rows.shape[1]} samples, the scores for {num_samples}")
-    size = max(16, 2**18 // max(num_samples, 1))
-    blocks = [rows[start : start + size].T for start in range(0, len(rows), size)]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        values = np.concatenate(
-            [statistic(np.ascontiguousarray(block, dtype=np.float64)) for block in blocks], axis=-1
-        )
+    size = min(len(rows), max(16, 2**18 // max(num_samples, 1)))
+    buffer, values_of_blocks = np.empty((num_samples, size)), []
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size].T
+        buffer[:, : block.shape[1]] = block
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values_of_blocks.append(np.array(statistic(buffer[:, : block.shape[1]])))
+    values = np.concatenate(values_of_blocks, axis=-1)
     undefined = int(np.isnan(values).sum())
     if undefined:
         where = f"{undefined} of {len(rows)} resamples" if len(rows) > 1 else "this sample"

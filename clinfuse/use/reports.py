@@ -218,7 +218,8 @@ def curves_figure(
     axes[1].axhline(prevalence, linestyle=":", color=COLOURS["reference"])
     axes[0].set(xlabel="1 - specificity (false alarms)", ylabel="sensitivity (cases found)")
     axes[1].set(xlabel="recall (cases found)", ylabel="precision (true alarms)", ylim=(0, 1.02))
-    axes[0].legend(frameon=False, loc="lower right", fontsize=7)
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(frameon=False, loc="lower right", fontsize=7)
     return drawn
 
 

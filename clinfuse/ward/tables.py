@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'VERSIONS', 'CAREUNITS', 'RACES', 'CHART_ITEMS', 'LABORATORY_ITEMS', 'table_columns', 'draw_durations',
-           'draw_timeline', 'identify', 'icustays_table', 'patients_table', 'admissions_table', 'item_tables',
-           'event_columns', 'chart_table', 'laboratory_table', 'transfers_table', 'output_table', 'TableWriter']
+           'draw_timeline', 'identify', 'icustays_table', 'patients_table', 'admissions_table', 'transfers_table',
+           'output_table', 'item_tables', 'event_columns', 'item_property', 'chart_table', 'laboratory_table',
+           'csv_bytes', 'TableWriter']
 
 # %% ../../nbs/0_ward/03_tables.ipynb #41e4c6ca
 import gzip
@@ -22,7 +23,7 @@ from .measurements import TEXTS, draw_times
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# %% ../../nbs/0_ward/03_tables.ipynb #efcb6c7c
+# %% ../../nbs/0_ward/03_tables.ipynb #f45403d0
 COLUMNS = {  # table -> columns, as in MIMIC-IV 2.2
     "hosp/patients": "subject_id gender anchor_age anchor_year anchor_year_group dod",
     "hosp/admissions": "subject_id hadm_id admittime dischtime deathtime admission_type"
@@ -44,7 +45,7 @@ COLUMNS = {  # table -> columns, as in MIMIC-IV 2.2
 }
 VERSIONS = ("1.0", "2.2", "3.1")
 
-
+# %% ../../nbs/0_ward/03_tables.ipynb #efcb6c7c
 def table_columns(
     version: str,  # one of `VERSIONS`
 ) -> dict[str, list[str]]:  # path of the table below mimic-iv/ -> names of its columns
@@ -63,44 +64,40 @@ def table_columns(
     columns["hosp/d_labitems"].append("loinc_code")
     return columns
 
-# %% ../../nbs/0_ward/03_tables.ipynb #7fe498f6
-def _seconds(low: float, high: float, count: int, generator: np.random.Generator) -> np.ndarray:
-    "Whole seconds between two numbers of hours."
-    return (3600 * generator.uniform(low, high, count)).astype(np.int64)
-
-
+# %% ../../nbs/0_ward/03_tables.ipynb #55736fc3
 def draw_durations(
-    stays: pd.DataFrame,  # from `draw_stays`
+    died: np.ndarray,  # (sample,) bool, in hospital after this stay
     generator: np.random.Generator,
-) -> dict[str, np.ndarray]:  # (sample,) seconds: wait, icu, lived, after, gap
+) -> dict[str, np.ndarray]:  # (sample,) seconds: wait, icu, lived, after, between, gap
     "How long everything takes. Nothing here depends on the hidden quantities."
-    count, died = len(stays), stays["died"].to_numpy()
+    count = len(died)
+
+    def seconds(low: float, high: float) -> np.ndarray:
+        return (3600 * generator.uniform(low, high, count)).astype(np.int64)
+
     is_short = generator.random(count) < 0.33
-    short, long = _seconds(8, 47.5, count, generator), 65 * generator.standard_exponential(count)
-    icu = np.where(is_short, short, (3600 * np.minimum(48.02 + long, 720)).astype(np.int64))
+    long = 48.02 + 65 * generator.standard_exponential(count)
+    icu = np.where(is_short, seconds(8, 47.5), (3600 * np.minimum(long, 720)).astype(np.int64))
     dies_in_icu = died & (generator.random(count) < 0.7)
-    lived = np.where(dies_in_icu, icu, np.iinfo(np.int64).max)
+    lived = np.where(dies_in_icu, icu, -1)
     is_booked_on = dies_in_icu & is_short & (generator.random(count) < 0.15)
-    icu = np.where(is_booked_on, _seconds(48.5, 60, count, generator), icu)
     after = (3600 * np.clip(np.exp(generator.normal(4.0, 0.8, count)), 2, 600)).astype(np.int64)
     return {
-        "wait": _seconds(0.5, 20, count, generator),  # from admission to the unit
-        "icu": icu,  # as booked
-        "lived": lived,  # from entering the unit to death in the unit
+        "wait": seconds(0.5, 20),  # from admission to the unit
+        "icu": np.where(is_booked_on, seconds(48.5, 60), icu),  # as booked
+        "lived": lived,  # from entering the unit to death in the unit, -1 for all others
         "after": np.where(dies_in_icu, 0, after),  # from the unit to discharge or death
-        "between": _seconds(6, 72, count, generator),  # from one unit to the next, one admission
-        "gap": 24 * _seconds(5, 200, count, generator),  # from discharge to readmission
+        "between": seconds(6, 72),  # from one unit to the next, in one admission
+        "gap": 24 * seconds(5, 200),  # from discharge to readmission
     }
 
 # %% ../../nbs/0_ward/03_tables.ipynb #362f3667
 def draw_timeline(
     stays: pd.DataFrame,  # from `draw_stays`
     generator: np.random.Generator,
-) -> (
-    pd.DataFrame
-):  # the same with admission, intime, outtime, last_seen, admittime, dischtime, deathtime
+) -> pd.DataFrame:  # the same with label, admission, and six times
     "When every patient comes, moves and leaves, in the twenty-second century."
-    length = draw_durations(stays, generator)
+    length = draw_durations(stays["died"].to_numpy(), generator)
     first, admitted = stays["is_new_patient"].to_numpy(), stays["is_new_admission"].to_numpy()
     before = {name: np.r_[0, values[:-1]] for name, values in length.items()}
     lead = np.where(admitted, before["after"] + length["gap"] + length["wait"], length["between"])
@@ -112,10 +109,9 @@ def draw_timeline(
     start = (years * 365.25 * 86400).astype(np.int64)[opening] // 60 * 60
     intime = start + passed
     outtime = intime + length["icu"]
-    admission = np.cumsum(admitted) - 1
-    last = np.r_[admitted[1:], True]
+    admission, last = np.cumsum(admitted) - 1, np.r_[admitted[1:], True]
     died = stays["died"].to_numpy()
-    death = np.where(length["after"] == 0, intime + length["lived"], outtime + length["after"])
+    death = np.where(length["lived"] >= 0, intime + length["lived"], outtime + length["after"])
     discharge = (outtime + length["after"])[last][admission]
     times = {
         "intime": intime,
@@ -123,29 +119,32 @@ def draw_timeline(
         "last_seen": np.where(died, np.minimum(death, outtime), outtime),
         "admittime": (intime - length["wait"])[admitted][admission] // 60 * 60,
         "dischtime": -(-discharge // 60) * 60,
-        "deathtime": np.where(died, -(-death // 60) * 60, 0),
+        "deathtime": -(-death // 60) * 60,
     }
     timed = {name: values.astype("datetime64[s]") for name, values in times.items()}
     made = stays.assign(admission=admission, label=died[last][admission].astype(np.int8), **timed)
-    made["deathtime"] = made["deathtime"].where(stays["died"])
-    return made
+    return made.assign(deathtime=made["deathtime"].where(stays["died"]))
 
 # %% ../../nbs/0_ward/03_tables.ipynb #b28c6023
 def identify(
     stays: pd.DataFrame,  # from `draw_timeline`
     serial: int = 0,  # number of stays in the ward before these
-) -> pd.DataFrame:  # the same with subject_id, hadm_id, stay_id
-    "Number patients, admissions and stays in the ranges of MIMIC-IV; no number is used twice."
+) -> pd.DataFrame:  # the same with position, subject_id, hadm_id, earlier_hadm_id, stay_id
+    "Number patients, admissions and stays; no number is used twice."
     position = serial + np.arange(len(stays))
     first, admitted = stays["is_new_patient"].to_numpy(), stays["is_new_admission"].to_numpy()
     patient = position[first][np.cumsum(first) - 1]
     admission = position[admitted][stays["admission"].to_numpy()]
+
+    def shuffled(number: np.ndarray, factor: int, offset: int) -> np.ndarray:
+        return (number * factor + offset) % 9_999_991
+
     return stays.assign(
         position=position,
         subject_id=10_000_032 + 97 * patient + 13 * patient % 97,
-        hadm_id=20_000_000 + (admission * 6_700_417 + 2_595_853) % 9_999_991,
-        earlier_hadm_id=20_000_000 + ((admission + 5_000_000) * 6_700_417 + 2_595_853) % 9_999_991,
-        stay_id=30_000_000 + (position * 7_368_787 + 9_553_978) % 9_999_991,
+        hadm_id=20_000_000 + shuffled(admission, 6_700_417, 2_595_853),
+        earlier_hadm_id=20_000_000 + shuffled(admission + 5_000_000, 6_700_417, 2_595_853),
+        stay_id=30_000_000 + shuffled(position, 7_368_787, 9_553_978),
     )
 
 # %% ../../nbs/0_ward/03_tables.ipynb #5d7cb453
@@ -166,11 +165,11 @@ def icustays_table(
 ) -> pd.DataFrame:  # as icu/icustays
     "One row a stay. Of two stays in one admission only the first may change units."
     units, shares = list(CAREUNITS), np.array(list(CAREUNITS.values()))
-    first = generator.choice(len(units), len(stays), p=shares / shares.sum())
+    first = generator.choice(len(units), len(stays), p=shares)
     another = (first + generator.integers(1, len(units), len(stays))) % len(units)
+    is_last = ~stays["hadm_id"].duplicated(keep="last")
     is_single = ~stays["hadm_id"].duplicated(keep=False)
-    may_move = is_single | ~stays["hadm_id"].duplicated()
-    moves = may_move & (generator.random(len(stays)) < 0.07)
+    moves = (is_single | ~is_last) & (generator.random(len(stays)) < 0.07)
     seconds = (stays["outtime"] - stays["intime"]).dt.total_seconds()
     return stays[["subject_id", "hadm_id", "stay_id", "intime", "outtime"]].assign(
         first_careunit=np.array(units)[first],
@@ -179,8 +178,15 @@ def icustays_table(
     )
 
 # %% ../../nbs/0_ward/03_tables.ipynb #ac6ef407
-RACES = {"WHITE": 0.6, "BLACK/AFRICAN AMERICAN": 0.12, "HISPANIC/LATINO - PUERTO RICAN": 0.04,
-         "ASIAN - CHINESE": 0.03, "OTHER": 0.05, "UNKNOWN": 0.1, "WHITE - OTHER EUROPEAN": 0.06}  # fmt: skip
+RACES = {
+    "WHITE": 0.6,
+    "BLACK/AFRICAN AMERICAN": 0.12,
+    "UNKNOWN": 0.1,
+    "WHITE - OTHER EUROPEAN": 0.06,
+    "OTHER": 0.05,
+    "HISPANIC/LATINO - PUERTO RICAN": 0.04,
+    "ASIAN - CHINESE": 0.03,
+}
 
 
 def patients_table(
@@ -188,35 +194,32 @@ def patients_table(
     generator: np.random.Generator,
     version: str = "2.2",  # one of `VERSIONS`
 ) -> pd.DataFrame:  # as hosp/patients, and race, language, marital_status, insurance
-    "One row a patient. From version 2 on some deaths outside the hospital are known."
+    "One row a patient. From version 2 on, some deaths after discharge are known."
     grouped = stays.groupby("subject_id", sort=False)
     patients = grouped[["age_years", "admittime"]].first()
     patients = patients.join(grouped[["dischtime", "deathtime"]].last()).reset_index()
-    groups = ["2008 - 2010", "2011 - 2013", "2014 - 2016", "2017 - 2019", "2020 - 2022"]
-    groups = groups if version == "3.1" else groups[:4]
-    count = len(patients)
+    count, groups = len(patients), [f"{year} - {year + 2}" for year in range(2008, 2021, 3)]
     later = patients["dischtime"] + pd.to_timedelta(generator.integers(3, 365, count), unit="D")
     dies_later = (generator.random(count) < 0.08) & (version != "1.0")
     dod = patients["deathtime"].fillna(later.where(dies_later))
-
-    def pick(*options: str, p: Any = None) -> np.ndarray:
-        return generator.choice(options, count, p=p)
-
-    return pd.DataFrame(
-        {
-            "subject_id": patients["subject_id"],
-            "gender": pick("F", "M", p=(0.44, 0.56)),
-            "anchor_age": patients["age_years"],
-            "anchor_year": patients["admittime"].dt.year,
-            "anchor_year_group": pick(*groups),
-            "dod": dod.dt.strftime("%Y-%m-%d"),
-            "race": pick(*RACES, p=list(RACES.values())),
-            "language": pick("ENGLISH", "?", p=(0.9, 0.1)),
-            "marital_status": pick(
-                "MARRIED", "SINGLE", "WIDOWED", "DIVORCED", p=(0.46, 0.3, 0.16, 0.08)
-            ),
-            "insurance": pick("Medicare", "Other", "Medicaid", p=(0.48, 0.43, 0.09)),
-        }
+    columns: dict[str, dict[str, float]] = {
+        "gender": {"F": 0.44, "M": 0.56},
+        "race": RACES,
+        "language": {"ENGLISH": 0.9, "?": 0.1},
+        "marital_status": {"MARRIED": 0.46, "SINGLE": 0.3, "WIDOWED": 0.16, "DIVORCED": 0.08},
+        "insurance": {"Medicare": 0.48, "Other": 0.43, "Medicaid": 0.09},
+        "anchor_year_group": dict.fromkeys(groups if version == "3.1" else groups[:4], 0.0),
+    }
+    return patients[["subject_id"]].assign(
+        anchor_age=patients["age_years"],
+        anchor_year=patients["admittime"].dt.year,
+        dod=dod.dt.strftime("%Y-%m-%d"),
+        **{
+            name: generator.choice(
+                list(share), count, p=list(share.values()) if any(share.values()) else None
+            )
+            for name, share in columns.items()
+        },
     )
 
 # %% ../../nbs/0_ward/03_tables.ipynb #3a9d7cd7
@@ -228,92 +231,112 @@ def admissions_table(
     "One row a stay in hospital: those around the ICU stays, and some earlier ones without."
     kept = ["subject_id", "hadm_id", "earlier_hadm_id", "admittime", "dischtime", "deathtime"]
     admissions = stays[kept].groupby("hadm_id", sort=False, as_index=False).last()
-    early = admissions[~admissions["subject_id"].duplicated()].copy()
+    early = admissions[~admissions["subject_id"].duplicated()]
     early = early[generator.random(len(early)) < 0.25]
-    ago = pd.to_timedelta(generator.integers(20, 400, len(early)) * 24, unit="h")
-    early["admittime"] = early["admittime"] - ago
-    nights = pd.to_timedelta(generator.integers(30, 240, len(early)), unit="h")
-    early["dischtime"] = early["admittime"] + nights
+    ago, nights = (
+        pd.to_timedelta(generator.integers(*limits, len(early)), unit="h")
+        for limits in ((480, 9600), (30, 240))
+    )
     early = early.assign(hadm_id=early["earlier_hadm_id"], deathtime=pd.NaT)
+    early["admittime"] = early["admittime"] - ago
+    early["dischtime"] = early["admittime"] + nights
     admissions = pd.concat([early, admissions], ignore_index=True)
+    admissions["deathtime"] = admissions["deathtime"].astype("datetime64[s]")
     admissions = admissions.merge(patients.drop(columns=["gender", "dod"]), on="subject_id")
     count, died = len(admissions), admissions["deathtime"].notna()
-    by_ambulance = generator.random(count) < 0.55
-    hours = [pd.to_timedelta(generator.integers(60, 480, count), unit="m") for _ in range(2)]
+    urgent = generator.random(count) < 0.55
+    minutes = [pd.to_timedelta(generator.integers(60, 480, count), unit="m") for _ in range(2)]
     year = admissions["admittime"].dt.year - admissions["anchor_year"]
     year += admissions["anchor_year_group"].str[:4].astype(int) + generator.uniform(0, 3, count)
-    options = ("HOME", "HOME HEALTH CARE", "SKILLED NURSING FACILITY", "REHAB")
-    places = generator.choice(options, count, p=(0.4, 0.3, 0.2, 0.1))
-    provider = pd.Series(generator.integers(10, 99, count).astype(str))
+    types = generator.choice(["URGENT", "OBSERVATION ADMIT", "SURGICAL SAME DAY ADMISSION"], count)
+    places = generator.choice(["HOME", "HOME HEALTH CARE", "SKILLED NURSING FACILITY"], count)
     return admissions.assign(
-        admission_type=np.where(
-            by_ambulance,
-            "EW EMER.",
-            generator.choice(["URGENT", "OBSERVATION ADMIT", "SURGICAL SAME DAY ADMISSION"], count),
-        ),
-        admit_provider_id="P" + provider + "XYZ",
-        admission_location=np.where(by_ambulance, "EMERGENCY ROOM", "PHYSICIAN REFERRAL"),
+        admission_type=np.where(urgent, "EW EMER.", types),
+        admit_provider_id=[f"P{number}" for number in generator.integers(10_000, 99_999, count)],
+        admission_location=np.where(urgent, "EMERGENCY ROOM", "PHYSICIAN REFERRAL"),
         discharge_location=np.where(died, "DIED", places),
-        edregtime=(admissions["admittime"] - hours[0]).where(by_ambulance),
-        edouttime=(admissions["admittime"] + hours[1] / 8).dt.floor("min").where(by_ambulance),
+        edregtime=(admissions["admittime"] - minutes[0]).where(urgent),
+        edouttime=(admissions["admittime"] + minutes[1] / 8).dt.floor("min").where(urgent),
         hospital_expire_flag=died.astype(int),
         icd_version=np.where(year < 2015.75, 9, 10),
     )
 
-# %% ../../nbs/0_ward/03_tables.ipynb #5b904cfa
-CHART_ITEMS = {  # item id -> label, abbreviation, category, unit in d_items, unit in chartevents
-    220045: ("Heart Rate", "HR", "Routine Vital Signs", "bpm", "bpm"),
-    220046: ("Heart rate Alarm - High", "HR Alarm - High", "Alarms", "bpm", "bpm"),
-    220050: ("Arterial Blood Pressure systolic", "ABPs", "Routine Vital Signs", "mmHg", "mmHg"),
-    220051: ("Arterial Blood Pressure diastolic", "ABPd", "Routine Vital Signs", "mmHg", "mmHg"),
-    220052: ("Arterial Blood Pressure mean", "ABPm", "Routine Vital Signs", "mmHg", "mmHg"),
-    220179: ("Non Invasive Blood Pressure systolic", "NBPs", "Routine Vital Signs", "mmHg", "mmHg"),
-    220180: (
-        "Non Invasive Blood Pressure diastolic",
-        "NBPd",
-        "Routine Vital Signs",
-        "mmHg",
-        "mmHg",
-    ),
-    220181: ("Non Invasive Blood Pressure mean", "NBPm", "Routine Vital Signs", "mmHg", "mmHg"),
-    220210: ("Respiratory Rate", "RR", "Respiratory", "insp/min", "insp/min"),
-    220274: ("PH (Venous)", "PH (Venous)", "Labs", "None", "units"),
-    220277: ("O2 saturation pulseoxymetry", "SpO2", "Respiratory", "%", "%"),
-    220739: ("GCS - Eye Opening", "Eye Opening", "Neurological", None, None),
-    223761: ("Temperature Fahrenheit", "Temperature F", "Routine Vital Signs", "°F", "°F"),
-    223762: ("Temperature Celsius", "Temperature C", "Routine Vital Signs", "°C", "°C"),
-    223830: ("PH (Arterial)", "PH (Arterial)", "Labs", "None", "units"),
-    223835: ("Inspired O2 Fraction", "FiO2", "Respiratory", "None", None),
-    223900: ("GCS - Verbal Response", "Verbal Response", "Neurological", None, None),
-    223901: ("GCS - Motor Response", "Motor Response", "Neurological", None, None),
-    223951: ("Capillary Refill R", "Capillary Refill R", "Cardiovascular (Pulses)", None, None),
-    224308: ("Capillary Refill L", "Capillary Refill L", "Cardiovascular (Pulses)", None, None),
-    224639: ("Daily Weight", "Daily Weight", "General", "kg", "kg"),
-    224690: ("Respiratory Rate (Total)", "RR (Total)", "Respiratory", "insp/min", "insp/min"),
-    225309: ("ART BP Systolic", "ART BP Systolic", "Routine Vital Signs", "mmHg", "mmHg"),
-    225310: ("ART BP Diastolic", "ART BP Diastolic", "Routine Vital Signs", "mmHg", "mmHg"),
-    225312: ("ART BP Mean", "ART BP Mean", "Routine Vital Signs", "mmHg", "mmHg"),
-    225664: ("Glucose finger stick (range 70-100)", "Glucose FS", "Labs", "None", None),
-    226512: ("Admission Weight (Kg)", "Admission Weight (Kg)", "General", "kg", "kg"),
-    226531: ("Admission Weight (lbs.)", "Admission Weight (lbs.)", "General", "None", None),
-    226707: ("Height", "Height", "General", "Inch", "Inch"),
-    226730: ("Height (cm)", "Height (cm)", "General", "cm", "cm"),
-    227242: (
-        "Manual Blood Pressure Diastolic Right",
-        "Manual BPd R",
-        "Routine Vital Signs",
-        "mmHg",
-        "mmHg",
-    ),
-    227243: (
-        "Manual Blood Pressure Systolic Right",
-        "Manual BPs R",
-        "Routine Vital Signs",
-        "mmHg",
-        "mmHg",
-    ),
+# %% ../../nbs/0_ward/03_tables.ipynb #7f81ad91
+def transfers_table(
+    admissions: pd.DataFrame,  # as hosp/admissions
+    icustays: pd.DataFrame,  # as icu/icustays
+) -> pd.DataFrame:  # as hosp/transfers
+    "The way of each patient through the house: ICU stays and the discharge."
+    moves = icustays.rename(columns={"stay_id": "transfer_id", "first_careunit": "careunit"})
+    is_first = ~moves["hadm_id"].duplicated()
+    moves = moves.assign(eventtype=np.where(is_first, "admit", "transfer"))
+    ends = admissions[["subject_id", "hadm_id"]].assign(
+        transfer_id=admissions["hadm_id"] + 20_000_000,
+        eventtype="discharge",
+        careunit=None,
+        intime=admissions["dischtime"],
+        outtime=np.datetime64("NaT", "s"),
+    )
+    return pd.concat([moves, ends], ignore_index=True)[COLUMNS["hosp/transfers"].split()]
+
+
+def output_table(
+    stays: pd.DataFrame,  # from `identify`
+    generator: np.random.Generator,
+) -> pd.DataFrame:  # as icu/outputevents
+    "Urine, four-hourly."
+    stay, time = draw_times(stays, 4.0, generator)
+    ids = stays[["subject_id", "hadm_id", "stay_id"]].iloc[stay].reset_index(drop=True)
+    return ids.assign(
+        caregiver_id=10_000 + stays["position"].to_numpy()[stay] % 80_000,
+        charttime=time.astype("datetime64[s]"),
+        storetime=time.astype("datetime64[s]"),
+        itemid=226559,
+        value=generator.integers(1, 40, len(stay)) * 10,
+        valueuom="ml",
+    )
+
+# %% ../../nbs/0_ward/03_tables.ipynb #0683ca67
+CHART_ITEMS = {  # item id -> label, abbreviation, category, unit
+    int(line.split("|")[0]): line.split("|")[1:]
+    for line in """\
+220045|Heart Rate|HR|Routine Vital Signs|bpm
+220046|Heart rate Alarm - High|HR Alarm - High|Alarms|bpm
+220050|Arterial Blood Pressure systolic|ABPs|Routine Vital Signs|mmHg
+220051|Arterial Blood Pressure diastolic|ABPd|Routine Vital Signs|mmHg
+220052|Arterial Blood Pressure mean|ABPm|Routine Vital Signs|mmHg
+220179|Non Invasive Blood Pressure systolic|NBPs|Routine Vital Signs|mmHg
+220180|Non Invasive Blood Pressure diastolic|NBPd|Routine Vital Signs|mmHg
+220181|Non Invasive Blood Pressure mean|NBPm|Routine Vital Signs|mmHg
+220210|Respiratory Rate|RR|Respiratory|insp/min
+220274|PH (Venous)|PH (Venous)|Labs|units
+220277|O2 saturation pulseoxymetry|SpO2|Respiratory|%
+220739|GCS - Eye Opening|Eye Opening|Neurological|
+223761|Temperature Fahrenheit|Temperature F|Routine Vital Signs|°F
+223762|Temperature Celsius|Temperature C|Routine Vital Signs|°C
+223830|PH (Arterial)|PH (Arterial)|Labs|units
+223835|Inspired O2 Fraction|FiO2|Respiratory|
+223900|GCS - Verbal Response|Verbal Response|Neurological|
+223901|GCS - Motor Response|Motor Response|Neurological|
+223951|Capillary Refill R|Capillary Refill R|Cardiovascular (Pulses)|
+224308|Capillary Refill L|Capillary Refill L|Cardiovascular (Pulses)|
+224639|Daily Weight|Daily Weight|General|kg
+224690|Respiratory Rate (Total)|RR (Total)|Respiratory|insp/min
+225309|ART BP Systolic|ART BP Systolic|Routine Vital Signs|mmHg
+225310|ART BP Diastolic|ART BP Diastolic|Routine Vital Signs|mmHg
+225312|ART BP Mean|ART BP Mean|Routine Vital Signs|mmHg
+225664|Glucose finger stick (range 70-100)|Glucose FS (range 70 -100)|Labs|
+226512|Admission Weight (Kg)|Admission Weight (Kg)|General|kg
+226531|Admission Weight (lbs.)|Admission Weight (lbs.)|General|
+226707|Height|Height|General|Inch
+226730|Height (cm)|Height (cm)|General|cm
+227242|Manual Blood Pressure Diastolic Right|Manual BPd R|Routine Vital Signs|mmHg
+227243|Manual Blood Pressure Systolic Right|Manual BPs R|Routine Vital Signs|mmHg\
+""".splitlines()
 }
-LABORATORY_ITEMS = {  # item id -> label, fluid, category, unit, lower and upper limit
+
+# %% ../../nbs/0_ward/03_tables.ipynb #5b904cfa
+LABORATORY_ITEMS = {  # item id -> label, fluid, category, unit, lower and upper limit of normal
     50809: ("Glucose", "Blood", "Blood Gas", "mg/dL", 70, 105),
     50817: ("Oxygen Saturation", "Blood", "Blood Gas", "%", None, None),
     50820: ("pH", "Blood", "Blood Gas", "units", 7.35, 7.45),
@@ -330,48 +353,51 @@ LABORATORY_ITEMS = {  # item id -> label, fluid, category, unit, lower and upper
 def item_tables() -> dict[str, pd.DataFrame]:  # icu/d_items and hosp/d_labitems
     "The dictionaries of the items that the ward uses."
     names = ["itemid", "label", "abbreviation", "category", "unitname"]
-    items = pd.DataFrame([(item, *row[:4]) for item, row in CHART_ITEMS.items()], columns=names)
-    is_text = items["unitname"].isna()
+    items = pd.DataFrame([(item, *row) for item, row in CHART_ITEMS.items()], columns=names)
+    is_text = items["category"].isin(["Neurological", "Cardiovascular (Pulses)"])
     items = items.assign(linksto="chartevents", param_type=np.where(is_text, "Text", "Numeric"))
     items.loc[len(items)] = [226559, "Foley", "Foley", "Output", "mL", "outputevents", "Numeric"]
+    items = items.assign(unitname=items["unitname"].replace("", None))
     items = items.assign(lownormalvalue=None, highnormalvalue=None)
-    tests = [(item, *row[:3]) for item, row in LABORATORY_ITEMS.items()]
-    tests = pd.DataFrame(tests, columns=["itemid", "label", "fluid", "category"])
+    tests = pd.DataFrame([(item, *row[:3]) for item, row in LABORATORY_ITEMS.items()])
+    tests = tests.set_axis(["itemid", "label", "fluid", "category"], axis=1)
     return {"icu/d_items": items, "hosp/d_labitems": tests.assign(loinc_code=None)}
 
-# %% ../../nbs/0_ward/03_tables.ipynb #cbb7993e
-def _looked_up(item: np.ndarray, words: dict[int, Any]) -> "pa.Array":
-    "A property of each item, as an array of the engine."
-    import pyarrow as pa
-
-    known = np.array(sorted(words))
-    column = pa.array([words[int(key)] for key in known])
-    return column.take(pa.array(np.searchsorted(known, item)))
-
-
+# %% ../../nbs/0_ward/03_tables.ipynb #6a236223
 def event_columns(
     events: dict[str, np.ndarray],  # stay, time, stored, item, value, text
     stays: pd.DataFrame,  # with subject_id, hadm_id, stay_id
-) -> dict[str, "pa.Array"]:  # the columns that charts and laboratory share
+) -> dict[str, "pa.Array"]:  # the columns that charts and laboratory share, by stay and time
     "Events as columns: numbers keep their text as charted, texts without a number have none."
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    value = pa.array(events["value"], from_pandas=True)
-    code = events["text"].astype(np.int32)
-    text = pc.cast(value, pa.string())
-    if (code >= 0).any():
-        words = pa.array(TEXTS).take(pa.array(np.maximum(code, 0)))
-        text = pc.if_else(pa.array(code >= 0), words, text)
+    order = np.argsort(events["stay"] * np.int64(1 << 34) + events["time"], kind="stable")
+    sort = {name: values[order] for name, values in events.items()}
+    value = pa.array(sort["value"], from_pandas=True)
+    words = pa.array(TEXTS).take(pa.array(np.maximum(sort["text"], 0)))
+    text = pc.if_else(pa.array(sort["text"] >= 0), words, pc.cast(value, pa.string()))
     ids = {
-        name: pa.array(stays[name].to_numpy()[events["stay"]])
+        name: pa.array(stays[name].to_numpy()[sort["stay"]])
         for name in ("subject_id", "hadm_id", "stay_id")
     }
     times = {
-        name: pa.array(events[key].astype("datetime64[s]"))
+        name: pa.array(sort[key].astype("datetime64[s]"))
         for name, key in (("charttime", "time"), ("storetime", "stored"))
     }
-    return {**ids, **times, "itemid": pa.array(events["item"]), "value": text, "valuenum": value}
+    return {**ids, **times, "itemid": pa.array(sort["item"]), "value": text, "valuenum": value}
+
+
+def item_property(
+    items: "pa.Array",  # item ids
+    properties: dict[int, Any],  # of each item
+) -> "pa.Array":  # the property of each row
+    "Look up something for each row by its item."
+    import pyarrow as pa
+
+    known = np.array(sorted(properties))
+    column = pa.array([properties[int(item)] for item in known])
+    return column.take(pa.array(np.searchsorted(known, items.to_numpy())))
 
 # %% ../../nbs/0_ward/03_tables.ipynb #33aae22c
 def chart_table(
@@ -382,20 +408,19 @@ def chart_table(
     "What was charted, row by row."
     import pyarrow as pa
 
-    order = np.argsort(charts["stay"] * np.int64(1 << 34) + charts["time"], kind="stable")
-    charts = {name: values[order] for name, values in charts.items()}
-    nurses = generator.integers(10_000, 99_999, len(stays))[charts["stay"]]
-    units = {item: row[4] for item, row in CHART_ITEMS.items()}
+    columns = event_columns(charts, stays)
+    nurse = dict(zip(stays["stay_id"], generator.integers(10_000, 99_999, len(stays)), strict=True))
+    units = {item: row[3] or None for item, row in CHART_ITEMS.items()}
     return pa.table(
         {
-            **event_columns(charts, stays),
-            "caregiver_id": pa.array(nurses),
-            "valueuom": _looked_up(charts["item"], units),
-            "warning": pa.repeat(0, len(nurses)),
+            **columns,
+            "caregiver_id": item_property(columns["stay_id"], nurse),
+            "valueuom": item_property(columns["itemid"], units),
+            "warning": pa.repeat(0, len(columns["itemid"])),
         }
     )
 
-
+# %% ../../nbs/0_ward/03_tables.ipynb #56bb2b18
 def laboratory_table(
     laboratory: dict[str, np.ndarray],  # from `draw_laboratory`
     stays: pd.DataFrame,  # with subject_id, hadm_id
@@ -406,76 +431,51 @@ def laboratory_table(
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    order = np.argsort(laboratory["stay"] * np.int64(1 << 34) + laboratory["time"], kind="stable")
-    laboratory = {name: values[order] for name, values in laboratory.items()}
-    count = len(order)
     columns = event_columns(laboratory, stays)
+    count, items, value = len(columns["itemid"]), columns["itemid"], columns["valuenum"]
+    unit, low, high = (
+        item_property(items, {item: row[i] for item, row in LABORATORY_ITEMS.items()})
+        for i in (3, 4, 5)
+    )
+    nothing = pa.scalar(None, pa.int64())
     is_lost = pa.array(generator.random(count) < 0.1)
-    columns["hadm_id"] = pc.if_else(is_lost, pa.scalar(None, pa.int64()), columns["hadm_id"])
-    limits = [
-        _looked_up(laboratory["item"], {k: row[i] for k, row in LABORATORY_ITEMS.items()})
-        for i in (4, 5)
-    ]
-    value = columns["valuenum"]
-    is_off = pc.or_(pc.less(value, limits[0]), pc.greater(value, limits[1]))
-    row = first_row + np.arange(count)
-    specimen = laboratory["stay"] * np.int64(1 << 34) + laboratory["time"]
-    specimen = np.cumsum(np.diff(specimen, prepend=-1) != 0) + first_row
+    is_off = pc.or_(pc.less(value, low), pc.greater(value, high))
+    time = columns["charttime"].to_numpy(zero_copy_only=False).astype(np.int64)
+    is_new = np.diff(columns["stay_id"].to_numpy(), prepend=0) + np.diff(time, prepend=0) != 0
     return pa.table(
         {
             **columns,
-            "labevent_id": pa.array(row + 1),
-            "specimen_id": pa.array(specimen),
+            "hadm_id": pc.if_else(is_lost, nothing, columns["hadm_id"]),
+            "labevent_id": pa.array(first_row + 1 + np.arange(count)),
+            "specimen_id": pa.array(first_row + np.cumsum(is_new)),
             "order_provider_id": pa.nulls(count, pa.string()),
-            "valueuom": _looked_up(
-                laboratory["item"], {k: row[3] for k, row in LABORATORY_ITEMS.items()}
-            ),
-            "ref_range_lower": limits[0],
-            "ref_range_upper": limits[1],
+            "valueuom": unit,
+            "ref_range_lower": low,
+            "ref_range_upper": high,
             "flag": pc.if_else(is_off, "abnormal", pa.scalar(None, pa.string())),
-            "priority": pa.array(np.array(["ROUTINE", "STAT"])[laboratory["stay"] % 2]),
+            "priority": pa.repeat("ROUTINE", count),
             "comments": pa.nulls(count, pa.string()),
         }
     )
 
-# %% ../../nbs/0_ward/03_tables.ipynb #7f81ad91
-def transfers_table(
-    admissions: pd.DataFrame,  # as hosp/admissions
-    icustays: pd.DataFrame,  # as icu/icustays
-) -> pd.DataFrame:  # as hosp/transfers
-    "The way of each patient through the house: ICU stays and the discharge."
-    moves = icustays.rename(columns={"stay_id": "transfer_id", "first_careunit": "careunit"})
-    ends = admissions[["subject_id", "hadm_id"]].assign(
-        transfer_id=admissions["hadm_id"] + 20_000_000,
-        eventtype="discharge",
-        careunit=None,
-        intime=admissions["dischtime"],
-        outtime=pd.NaT,
-    )
-    is_first = ~moves["hadm_id"].duplicated()
-    moves["eventtype"] = np.where(is_first, "admit", "transfer")
-    names = COLUMNS["hosp/transfers"].split()
-    return pd.concat([moves[names], ends[names].astype({"outtime": moves["outtime"].dtype})])
+# %% ../../nbs/0_ward/03_tables.ipynb #46f2f431
+def csv_bytes(
+    rows: "pd.DataFrame | pa.Table",  # with `columns`, in any order, and perhaps more
+    columns: list[str],
+) -> bytes:  # lines without header, values quoted only where they must be
+    "Rows of a table as they stand in a .csv file of MIMIC-IV."
+    if isinstance(rows, pd.DataFrame):
+        when = "%Y-%m-%d %H:%M:%S"
+        return rows.to_csv(columns=columns, header=False, index=False, date_format=when).encode()
+    import pyarrow as pa
+    import pyarrow.csv
+
+    stream = pa.BufferOutputStream()
+    options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
+    pyarrow.csv.write_csv(rows.select(columns), stream, options)
+    return stream.getvalue().to_pybytes()
 
 
-def output_table(
-    stays: pd.DataFrame,  # from `identify`
-    generator: np.random.Generator,
-) -> pd.DataFrame:  # as icu/outputevents
-    "Urine, four-hourly. No task uses it; it is there because it is always there."
-    stay, time = draw_times(stays, 4.0, generator)
-    times = time.astype("datetime64[s]")
-    ids = stays[["subject_id", "hadm_id", "stay_id"]].iloc[stay].reset_index(drop=True)
-    return ids.assign(
-        caregiver_id=10_000 + stays["position"].to_numpy()[stay] % 80_000,
-        charttime=times,
-        storetime=times,
-        itemid=226559,
-        value=generator.integers(1, 40, len(stay)) * 10,
-        valueuom="ml",
-    )
-
-# %% ../../nbs/0_ward/03_tables.ipynb #e9d95ac2
 class TableWriter:
     "Writes tables piece by piece as .csv.gz, in the columns of one version of MIMIC-IV."
 
@@ -484,43 +484,26 @@ class TableWriter:
         folder: Path,  # where the tables go, sub-folders included
         columns: dict[str, list[str]],  # path of the table -> names of its columns in order
     ):
-        self.folder, self.columns = folder, columns
+        self.folder, self.columns, self.stack = folder, columns, ExitStack()
         self.files: dict[str, Any] = {}
-        self.num_rows: dict[str, int] = dict.fromkeys(columns, 0)
-        self.stack = ExitStack()
-
-    def _open(self, table: str) -> Any:
-        path = self.folder / f"{table}.csv.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        raw = self.stack.enter_context(path.open("wb"))
-        packed = gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0)
-        self.files[table] = self.stack.enter_context(packed)
-        packed.write((",".join(self.columns[table]) + "\n").encode())
-        return packed
+        self.num_rows = dict.fromkeys(columns, 0)
+        for table, names in columns.items():
+            path = folder / f"{table}.csv.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            raw = self.stack.enter_context(path.open("wb"))
+            packed = gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0)
+            self.files[table] = self.stack.enter_context(packed)
+            packed.write((",".join(names) + "\n").encode())
 
     def write(
         self,
-        table: str,  # path of the table, as in `columns`
+        table: str,  # name in version 2.2
         rows: "pd.DataFrame | pa.Table",  # with its columns, in any order, and perhaps more
     ) -> None:
         "Append rows."
-        import pyarrow as pa
-        import pyarrow.csv
-
         core = table.replace("hosp/", "core/")
-        table = core if core in self.columns else table
-        file = self.files.get(table) or self._open(table)
-        if isinstance(rows, pd.DataFrame):
-            if "ethnicity" in self.columns[table]:
-                rows = rows.rename(columns={"race": "ethnicity"})
-            rows = pa.Table.from_pandas(rows[self.columns[table]], preserve_index=False)
-        has_prose = {"text", "long_title"} & set(self.columns[table])
-        options = pyarrow.csv.WriteOptions(
-            include_header=False, quoting_style="needed" if has_prose else "none", batch_size=65536
-        )
-        pyarrow.csv.write_csv(rows.select(self.columns[table]), file, options)
+        table = core if core in self.files else table
+        if "ethnicity" in self.columns[table]:
+            rows = rows.rename(columns={"race": "ethnicity"})
+        self.files[table].write(csv_bytes(rows, self.columns[table]))
         self.num_rows[table] += len(rows)
-
-    def close(self) -> None:
-        "Finish all files."
-        self.stack.close()
