@@ -313,7 +313,9 @@ def published_values(
 # %% ../../nbs/1_data/03_channels.ipynb #d3372cb4
 def safe_values(
     rows: "ibis.Table",  # from `charted_rows`
-) -> "ibis.Table":  # the same with `number`; of a categorical channel the position of the category
+) -> (
+    "ibis.Table"
+):  # the same with `converted`, in the unit of the channel, and with limits `number`
     "Clean by what the item is: its unit, its limits, its spellings."
     import ibis
 
@@ -326,5 +328,6 @@ def safe_values(
     is_fraction = rows.channel.isin(places("Oxygen saturation")) & (x <= 1)
     x = is_percent.ifelse(x / 100, is_fraction.ifelse(x * 100, rows.scale * x + rows.offset))
     is_outlier = (x < rows.outlier_low) | (x > rows.outlier_high)
-    x = is_outlier.ifelse(ibis.null("float64"), x.clip(rows.valid_low, rows.valid_high))
-    return rows.mutate(number=rows.channel.isin(places(*SPELLINGS)).ifelse(rows.category, x))
+    believed = is_outlier.ifelse(ibis.null("float64"), x.clip(rows.valid_low, rows.valid_high))
+    number = rows.channel.isin(places(*SPELLINGS)).ifelse(rows.category, believed)
+    return rows.mutate(converted=x, number=number)

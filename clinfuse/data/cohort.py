@@ -67,7 +67,8 @@ def published_cohort(
     "The cohort of the public benchmark."
     is_moved = stays["first_careunit"] != stays["last_careunit"]
     stays = attrition.keep(stays, ~is_moved, "no move between units")
-    stays = attrition.keep(stays, stays["anchor_age"].notna(), "admission and patient known")
+    is_known = stays["anchor_age"].notna() & stays["admittime"].notna()
+    stays = attrition.keep(stays, is_known, "admission and patient known")
     is_only = ~stays["hadm_id"].duplicated(keep=False)
     stays = attrition.keep(stays, is_only, "the only such stay of the admission")
     age = stays["anchor_age"].where(stays["anchor_age"] >= 0, 90.0)

@@ -373,7 +373,7 @@ def integrity_findings(
     key, times = UNIQUE[name], ORDERED.get(name)
     needed = [column for column in (key, *(times or ())) if column not in missing]
     kinds = {column: TABLES[name][column] for column in needed}
-    columns = ", ".join(f'TRY_CAST("{found[c]}" AS {kind}) AS {c}' for c, kind in kinds.items())
+    columns = ", ".join(f"{_try_cast(found[c], kind)} AS {c}" for c, kind in kinds.items())
     file = source.files[name]
     with input_errors():
         table = duckdb.execute(f"SELECT {columns} FROM {_reader(file, {})}").df()
@@ -393,6 +393,10 @@ def integrity_findings(
     ]
 
 
+def _try_cast(column: str, kind: str) -> str:
+    return f'TRY_CAST(trim(CAST("{column}" AS VARCHAR)) AS {kind})'  # trim: DuckDB 2.0 else casts
+
+
 def _shown(source: Source, file: Path) -> str:
     folders = [source.folder, source.radiographs, source.notes]
     inside = [folder for folder in folders if folder and file.is_relative_to(folder)]
@@ -408,7 +412,7 @@ def _table_findings(source: Source, name: str) -> tuple[list[dict[str, Any]], in
     findings = [base | {"column": c, "problem": "the column is missing"} for c in missing]
     kinds = {column: (TABLES | EXTRA_TABLES)[name][column] for column in found}
     bad = {
-        c: f'("{found[c]}" IS NOT NULL AND TRY_CAST("{found[c]}" AS {k}) IS NULL)'
+        c: f'("{found[c]}" IS NOT NULL AND {_try_cast(found[c], k)} IS NULL)'
         for c, k in kinds.items()
     }
     counted = ", ".join(["count(*)"] + [f"count_if({test})" for test in bad.values()])

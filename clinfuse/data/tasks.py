@@ -77,10 +77,10 @@ def event_table(
     return pd.DataFrame(
         {
             "sample_id": pd.Categorical.from_codes(
-                np.asarray(events.sample, np.int64), list(sample_ids)
+                events.sample, dtype=pd.CategoricalDtype(list(sample_ids))
             ),
             "hours": events.hours,
-            "channel": pd.Categorical.from_codes(np.asarray(events.channel, np.int64), names),
+            "channel": pd.Categorical.from_codes(events.channel, dtype=pd.CategoricalDtype(names)),
             "value": event_scores(events, channels),
             "available_hours": events.available_hours,
         }

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE_HOURS', 'count_bins', 'Cells', 'last_in_bin', 'carry_forward', 'series_from_cells', 'Events',
-           'published_rows', 'safe_rows', 'merge_simultaneous', 'event_scores', 'with_glasgow_totals', 'window_events']
+           'with_seconds', 'published_rows', 'safe_rows', 'merge_simultaneous', 'event_scores', 'with_glasgow_totals',
+           'window_events']
 
 # %% ../../nbs/1_data/04_windows.ipynb #13f97886
 from collections.abc import Sequence
@@ -129,8 +130,8 @@ class Events:
         "Some of the events."
         return Events(*(getattr(self, field.name)[rows] for field in fields(self)))
 
-# %% ../../nbs/1_data/04_windows.ipynb #7658ae67
-def _with_seconds(
+# %% ../../nbs/1_data/04_windows.ipynb #f77a7766
+def with_seconds(
     rows: "ibis.Table",  # charttime, storetime, intime
 ) -> "ibis.Table":  # the same with the whole seconds since intime of measurement and availability
     "Put times on the clock of the stay."
@@ -160,7 +161,7 @@ def published_rows(
     rows = rows.inner_join(stays, "subject_id")
     is_inside = rows.charttime.between(rows.intime, rows.outtime)
     rows = rows.filter(is_inside | (rows.only_stay_id == rows.window_stay_id))
-    rows = _with_seconds(rows)
+    rows = with_seconds(rows)
     hours = rows.seconds / 60 / 60
     rows = rows.filter((hours > -TOLERANCE_HOURS) & (hours < rows.end_hours + TOLERANCE_HOURS))
     winners = rows.group_by("sample", "channel", "seconds").agg(
@@ -183,7 +184,7 @@ def safe_rows(
 
     rows = safe_values(charted_rows(tables, channel_items(protocol)))
     stays = ibis.memtable(windows[["sample", "subject_id", "intime", "end_hours"]])
-    rows = _with_seconds(rows.inner_join(stays, "subject_id"))
+    rows = with_seconds(rows.inner_join(stays, "subject_id"))
     known = rows.available if protocol.waits_for_storage else rows.seconds
     return rows.filter((rows.seconds >= 0) & (known <= rows.end_hours * 3600))
 

@@ -105,8 +105,8 @@ def summary_sentences(
     if reachable:
         limit = max(reachable, key=lambda name: reachable[name])
         sentences.append(
-            f"The patients are simulated, so the best that any model could reach is known: AUROC "
-            f"{reachable[limit]:.3f}, from {_inputs(limit)}."
+            f"The patients are simulated, so it is known what the true risk itself would score: AUROC "
+            f"{reachable[limit]:.3f}, from {_inputs(limit)}. A model can pass that only by luck."
         )
     if _is_number(found.get("ece", {}).get("value")):
         error = found["ece"]["value"]
@@ -182,6 +182,11 @@ def differences_figure(
     axes[0].set_yticklabels([f"{a} over {b}" for a, b in pairs], fontsize=8)
     return drawn
 
+
+def _colours(runs: Mapping[str, Any]) -> list[str]:
+    spare = ["#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#999999"]
+    return [SYSTEM_COLOURS.get(run, spare[place % len(spare)]) for place, run in enumerate(runs)]
+
 # %% ../../nbs/8_use/01_reports.ipynb #d0982559
 def curves_figure(
     predictions: Mapping[
@@ -221,11 +226,6 @@ def curves_figure(
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(frameon=False, loc="lower right", fontsize=7)
     return drawn
-
-
-def _colours(runs: Mapping[str, Any]) -> list[str]:
-    spare = ["#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#999999"]
-    return [SYSTEM_COLOURS.get(run, spare[place % len(spare)]) for place, run in enumerate(runs)]
 
 # %% ../../nbs/8_use/01_reports.ipynb #d4bb8276
 def reliability_figure(
@@ -327,6 +327,18 @@ def cohort_tables(
         ),
     }
 
+
+def _results(metrics: Mapping[str, Any]) -> str:
+    words = {"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier score", "ece": "calibration error"}
+    words |= {"f1_binary": "F1, outcome", "f1_macro": "F1, both classes", "run": "system"}
+    every = metrics_table(dict(metrics)).reset_index().rename(columns=words)
+    headline = every[every["label"] == _headline(metrics)].drop(columns="label")
+    if len(every) == len(headline):
+        return _table(headline)
+    every["label"] = every["label"].str.replace("_", " ")
+    details = f"<details><summary>Every outcome</summary>{_table(every)}</details>"
+    return f"<p>Averaged over the outcomes:</p>{_table(headline)}{details}"
+
 # %% ../../nbs/8_use/01_reports.ipynb #6547f8f3
 def report_sections(
     metrics: Mapping[str, Any],  # from `evaluate_runs`
@@ -375,18 +387,6 @@ def _table(table: pd.DataFrame) -> str:
     )
     html = re.sub(r"(\d\.\d{3}) \(([^)<]*)\)", r"\1<br><small>\2</small>", html)
     return f"<div class=wide>{html}</div>"
-
-
-def _results(metrics: Mapping[str, Any]) -> str:
-    words = {"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier score", "ece": "calibration error"}
-    words |= {"f1_binary": "F1, outcome", "f1_macro": "F1, both classes", "run": "system"}
-    table = metrics_table(dict(metrics)).rename(columns=words)
-    headline = table.xs(_headline(metrics), level="label").reset_index().rename(columns=words)
-    if len(table) == len(headline):
-        return _table(headline)
-    every = table.reset_index().rename(columns=words)
-    every["label"] = every["label"].str.replace("_", " ")
-    return f"<p>Averaged over the outcomes:</p>{_table(headline)}<details><summary>Every outcome</summary>{_table(every)}</details>"
 
 
 def _rules(protocol: str) -> pd.DataFrame:
@@ -439,19 +439,21 @@ def write_report(
     sentences = "".join(
         f"<li>{escape(sentence)}</li>" for sentence in summary_sentences(metrics, reachable)
     )
-    body = "".join(
-        f"<section><h2>{escape(name)}</h2>{html}</section>" for name, html in sections.items()
-    )
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE_SHEET}</style>'
-        f"</head><body><header><h1>{escape(title)}</h1><p class=lead>{escape(_lead(metrics, predictions, data))}</p></header>"
-        f"<section class=short><h2>In short</h2><ul>{sentences}</ul></section>{body}</body></html>\n"
-    )
+    lead = f"<p class=lead>{escape(_lead(metrics, predictions, data))}</p>"
+    short = f"<section class=short><h2>In short</h2><ul>{sentences}</ul></section>"
+    parts = [f"<section><h2>{escape(name)}</h2>{html}</section>" for name, html in sections.items()]
+    body = f"<header><h1>{escape(title)}</h1>{lead}</header>{short}{''.join(parts)}"
+    page = f"{_HEAD.format(title=escape(title))}<style>{STYLE_SHEET}</style></head><body>{body}</body></html>\n"
     (out / "report.html").write_text(page, encoding="utf-8")
     return out / "report.html"
 
 # %% ../../nbs/8_use/01_reports.ipynb #feaec1fe
+_HEAD = (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+)
+
+
 def _figures(
     metrics: Mapping[str, Any],
     predictions: Mapping[str, pd.DataFrame],

@@ -121,7 +121,7 @@ def events(
         "text": np.broadcast_to(np.asarray(text, np.int8), count),
     }
 
-
+# %% ../../nbs/0_ward/02_measurements.ipynb #7b16a9c5
 def join_events(
     parts: Sequence[dict[str, np.ndarray]],  # from `events`
 ) -> dict[str, np.ndarray]:  # the same arrays, one after the other

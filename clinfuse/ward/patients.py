@@ -39,12 +39,12 @@ def subset_name(
 class RiskModel:
     "Log-odds of death in hospital, linear in the hidden quantities but for one product."
 
-    intercept: float = -3.45  # gives about one death in seven
-    severity: float = 1.6
-    opacity: float = 1.7
-    text_risk: float = 0.9
+    intercept: float = -3.8  # gives about one death in seven
+    severity: float = 1.4
+    opacity: float = 2.6
+    text_risk: float = 0.8
     age_score: float = 0.55
-    severity_opacity: float = 0.6  # what only a model of both can use
+    severity_opacity: float = 0.8  # what only a model of both can use
 
     def risk(
         self,
@@ -75,7 +75,7 @@ def text_distribution() -> tuple[np.ndarray, np.ndarray]:  # (level,) score, (le
     mean = share @ level
     return (level - mean) / np.sqrt(share @ (level - mean) ** 2), share
 
-
+# %% ../../nbs/0_ward/01_patients.ipynb #04b21445
 @cache
 def age_distribution() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Years, score and probability of each age: normal around 64 years, 18 to 89, and 91 for older."
@@ -208,7 +208,7 @@ def risk_given(
         result[rows] = mean_risk(table, has_radiograph, model)[place.ravel()]
     return result
 
-
+# %% ../../nbs/0_ward/01_patients.ipynb #e48dcc6f
 def true_risks(
     stays: pd.DataFrame,  # from `draw_stays`
     model: RiskModel = RISK,
