@@ -34,6 +34,10 @@ AXES = {
     "height": "rows of an image, top first",
     "width": "columns of an image, left first",
     "sample": "rows of samples.parquet",
+    "event": "single measurements at their own times",
+    "bin": "intervals into which values are sorted",
+    "resample": "bootstrap draws of the patients",
+    "point": "places along a curve or an outline",
 }
 
 # %% ../nbs/01_conventions.ipynb #756d130c

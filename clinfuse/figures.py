@@ -65,11 +65,9 @@ def figure(
 
     if height > 3.5:
         raise ValueError(f"a figure is at most 3.5 inch high, got {height}")
-    with plt.rc_context(STYLE):
-        made, axes = plt.subplots(
-            num_rows, num_columns, figsize=(FIGURE_WIDTH, height), layout="constrained", **options
-        )
-    return made, axes
+    plt.rcParams.update(STYLE)
+    size = (FIGURE_WIDTH, height)
+    return plt.subplots(num_rows, num_columns, figsize=size, layout="constrained", **options)
 
 # %% ../nbs/02_figures.ipynb #c8ececc3
 def draw_band(

@@ -274,7 +274,7 @@ class MimicTables:
     def __init__(
         self,
         source: Source,
-        memory: str = "3GB",  # what the engine may hold; beyond that it writes temporary files
+        memory: str = "1GB",  # what the engine may hold; beyond that it writes temporary files
     ):
         import ibis
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOLERANCE_HOURS', 'count_bins', 'Cells', 'last_in_bin', 'carry_forward', 'series_from_cells', 'Events',
            'with_seconds', 'published_rows', 'safe_rows', 'merge_simultaneous', 'event_scores', 'with_glasgow_totals',
-           'window_events']
+           'sample_slices', 'window_events']
 
 # %% ../../nbs/1_data/04_windows.ipynb #13f97886
 from collections.abc import Sequence
@@ -117,8 +117,8 @@ def series_from_cells(
 class Events:
     "Measured values, as parallel arrays sorted by sample, channel and time."
 
-    sample: np.ndarray  # (event,) int64, position of the sample
-    channel: np.ndarray  # (event,) int64, position of the channel
+    sample: np.ndarray  # (event,) int32, position of the sample
+    channel: np.ndarray  # (event,) int8, position of the channel
     hours: np.ndarray  # (event,) float64, of the measurement, since admission to the ICU
     available_hours: np.ndarray  # (event,) float64, when it could be known elsewhere
     value: np.ndarray  # (event,) float64; of a categorical channel the position of the category
@@ -230,7 +230,10 @@ def with_glasgow_totals(
     tube = MIMIC_CHANNELS[verbal].categories.index("No Response-ETT")
     parts = [events.take(events.channel == part) for part in (eye, motor, verbal)]
     parts[2] = parts[2].take(parts[2].value != tube)
-    keys = [part.sample * 10**9 + np.rint(part.hours * 3600).astype(np.int64) for part in parts]
+    keys = [
+        part.sample.astype(np.int64) * 10**9 + np.rint(part.hours * 3600).astype(np.int64)
+        for part in parts
+    ]
     common = reduce(np.intersect1d, keys)
     parts = [part.take(np.searchsorted(key, common)) for part, key in zip(parts, keys)]
     scores = np.sum([event_scores(part, MIMIC_CHANNELS) for part in parts], axis=0)
@@ -246,6 +249,28 @@ def with_glasgow_totals(
     )
     return both.take(np.lexsort((both.hours, both.channel, both.sample)))
 
+# %% ../../nbs/1_data/04_windows.ipynb #9f5e0c3a
+def sample_slices(
+    sample: np.ndarray,  # (event,) positions of samples, ascending
+    size: int = 4096,  # samples a slice; bounds the memory of whatever is done with it
+) -> list[tuple[int, slice]]:  # the first sample of every slice, and its events
+    "Cut sorted events into runs of whole samples."
+    firsts = np.arange(0, sample[-1] + 1 if len(sample) else 0, size)
+    borders = np.append(np.searchsorted(sample, firsts), len(sample))
+    return [(int(first), slice(*borders[i : i + 2])) for i, first in enumerate(firsts)]
+
+
+def _joined(blocks: list[Events]) -> Events:
+    columns = [[getattr(block, field.name) for block in blocks] for field in fields(Events)]
+    blocks.clear()
+    kinds = ("int32", "int8", "float64", "float64", "float64")
+    return Events(
+        *(
+            np.concatenate([np.empty(0, kind), *columns.pop(0)]).astype(kind, copy=False)
+            for kind in kinds
+        )
+    )
+
 # %% ../../nbs/1_data/04_windows.ipynb #512e6717
 def window_events(
     tables: MimicTables,
@@ -259,14 +284,17 @@ def window_events(
     else:
         rows = published_rows(tables, windows, cohort, protocol)
     columns = ["sample", "channel", "seconds", "available", "number"]
-    rows = rows.filter(rows.number.notnull()).select(columns).order_by(columns)
-    table = tables.fetch(rows)
-    found = {name: table[name].to_numpy() for name in columns}
-    events = Events(
-        sample=found["sample"].astype(np.int64),
-        channel=found["channel"].astype(np.int64),
-        hours=found["seconds"] / 60 / 60,
-        available_hours=found["available"] / 60 / 60,
-        value=found["number"].astype(np.float64),
-    )
-    return with_glasgow_totals(merge_simultaneous(events)) if protocol.mends_values else events
+    small = {"sample": "int32", "channel": "int8", "seconds": "int32"}
+    rows = rows.filter(rows.number.notnull()).cast(small)
+    table = tables.fetch(rows.select(columns).order_by(columns))
+    sample, channel, seconds, available, number = (table[name].to_numpy() for name in columns)
+    del table
+    blocks = []
+    for _, part in sample_slices(sample):
+        times = seconds[part] / 60 / 60, available[part] / 60 / 60
+        events = Events(sample[part], channel[part], *times, number[part])
+        blocks.append(
+            with_glasgow_totals(merge_simultaneous(events)) if protocol.mends_values else events
+        )
+    del sample, channel, seconds, available, number
+    return _joined(blocks)

@@ -17,10 +17,10 @@ from .results import Evaluation, TrainedRun, prediction_table, reachable_auroc
 
 if TYPE_CHECKING:
     import pandas as pd
-    from clinfuse.ward.synthetic_ward import Ward
 
     from clinfuse.data.dataset import Description, PreparedData
     from clinfuse.data.sources import SourceCheck
+    from clinfuse.ward.synthetic_ward import Ward
 
 # %% ../../nbs/8_use/04_recipes.ipynb #a2066786
 def ward(
@@ -36,7 +36,12 @@ def ward(
     from clinfuse.ward.synthetic_ward import write_ward
 
     return write_ward(
-        out, num_patients=patients, version=version, images=not no_images, seed=seed, quiet=quiet
+        out,
+        num_stays=round(1.3 * patients),
+        version=version,
+        images=not no_images,
+        seed=seed,
+        quiet=quiet,
     )
 
 # %% ../../nbs/8_use/04_recipes.ipynb #16f79c97
@@ -99,12 +104,11 @@ def train(
     quiet: bool = False,  # no progress bars
 ) -> TrainedRun:
     "Train a system, all stages, and write its run folder."
+    from clinfuse.data.dataset import PreparedData
+    from clinfuse.systems.contract import build_system
     from clinfuse.training.checkpoints import save_run
     from clinfuse.training.loop import train_system
     from clinfuse.use.model_cards import write_card
-
-    from clinfuse.data.dataset import PreparedData
-    from clinfuse.systems.contract import build_system
 
     start, prepared = time.perf_counter(), PreparedData(data)
     built = build_system(system, prepared, recipe=recipe, changes=set or {}, seed=seed)

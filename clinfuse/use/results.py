@@ -39,6 +39,7 @@ def prediction_table(
 ) -> "pd.DataFrame":  # sample_id, subject_id, label, prediction, and target where it is known
     "Let a trained run predict some samples."
     import pandas as pd
+
     from clinfuse.training.checkpoints import load_run
 
     system = load_run(run)
@@ -93,9 +94,8 @@ def reachable_auroc(
     rows: Any,  # (sample,) positions in `prepared.samples`
 ) -> dict[str, float]:  # subset of modalities: AUROC of the true risk given that subset
     "How well the best honest model could do on these samples."
-    from clinfuse.ward.synthetic_ward import ward_truth
-
     from clinfuse.evaluation.discrimination import auroc
+    from clinfuse.ward.synthetic_ward import ward_truth
 
     samples = prepared.samples.iloc[rows]
     truth = ward_truth(ward_folder).set_index("stay_id").loc[samples["stay_id"].astype(int)]

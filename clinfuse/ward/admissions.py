@@ -186,7 +186,8 @@ def admissions_table(
         pd.to_timedelta(generator.integers(*limits, len(early)), unit="h")
         for limits in ((480, 9600), (30, 240))
     )
-    early = early.assign(hadm_id=early["earlier_hadm_id"], deathtime=pd.NaT)
+    early = early.assign(hadm_id=early["earlier_hadm_id"])
+    early["deathtime"] = np.datetime64("NaT", "s")
     early["admittime"] = early["admittime"] - ago
     early["dischtime"] = early["admittime"] + nights
     admissions = pd.concat([early, admissions], ignore_index=True)

@@ -56,7 +56,7 @@ def draw_times(
     )
     hours = (end - start) / 3600
     pace = interval_hours * np.exp(-0.12 * stays["severity"].to_numpy())
-    counts = ((np.minimum(hours, 48) + np.maximum(hours - 48, 0) / 2) / pace).astype(int)
+    counts = ((np.minimum(hours, 48) + np.maximum(hours - 48, 0) / 2) / pace).astype(np.int64)
     if chosen is not None:
         counts = counts * chosen
     stay = np.repeat(np.arange(len(stays)), counts)
@@ -142,7 +142,8 @@ def draw_vitals(
     values["mean"] = np.round((values["systolic"] + 2 * values["diastolic"]) / 3 + noise)
     by_hand = generator.random(len(stay)) < 0.003
     second_line = (generator.random(len(stays)) < 0.1)[stay]
-    items = {"heart rate": 220045, "respiratory rate": 220210, "oxygen saturation": 220277}
+    single = {"heart rate": 220045, "respiratory rate": 220210, "oxygen saturation": 220277}
+    items = {name: np.full(len(stay), item) for name, item in single.items()}
     cuff, hand = (220179, 220180, 220181), (227243, 227242, 220181)
     line, second = (220050, 220051, 220052), (225309, 225310, 225312)
     for i, name in enumerate(("systolic", "diastolic", "mean")):
@@ -153,8 +154,7 @@ def draw_vitals(
     for name, item in items.items():
         kept = generator.random(len(stay)) < 0.97
         delay = 0.4 * generator.standard_exponential(kept.sum())
-        item = np.broadcast_to(item, len(stay))[kept]
-        made.append(events(stay[kept], time[kept], item, values[name][kept], -1, delay))
+        made.append(events(stay[kept], time[kept], item[kept], values[name][kept], -1, delay))
     return made
 
 # %% ../../nbs/0_ward/02_measurements.ipynb #991c204b
@@ -246,16 +246,17 @@ def draw_laboratory(
     "Blood gases, chemistry, urine and a rare tap of another fluid."
     stay, time = draw_times(stays, 8.0, generator, has_line)
     made = []
-    for name, item in (("pH", 50820), ("glucose", 50809), ("oxygen saturation", 50817)):
+    gases = (("pH", 50820, 0.95), ("glucose", 50809, 0.95), ("oxygen saturation", 50817, 0.5))
+    for name, gas, share in gases:
         value = draw_course(VITALS[name], stays, stay, time, generator)
-        kept = generator.random(len(stay)) < (0.5 if item == 50817 else 0.95)
-        made.append(events(stay[kept], time[kept], item, value[kept], -1, 0.07))
+        kept = generator.random(len(stay)) < share
+        made.append(events(stay[kept], time[kept], gas, value[kept], -1, 0.07))
     stay, time = draw_times(stays, 12.0, generator)
     delay = 1.0 + generator.standard_exponential(len(stay))
     sugar = draw_course(VITALS["glucose"], stays, stay, time, generator)
-    unreadable = generator.random(len(stay)) < 0.01
-    text = np.where(unreadable, TEXTS.index("___"), -1)
-    made.append(events(stay, time, 50931, np.where(unreadable, np.nan, sugar), text, delay))
+    is_lost = generator.random(len(stay)) < 0.01
+    text = np.where(is_lost, TEXTS.index("___"), -1)
+    made.append(events(stay, time, 50931, np.where(is_lost, np.nan, sugar), text, delay))
     sodium = np.round(generator.normal(139, 4, len(stay)))
     made.append(events(stay, time, 50983, sodium, -1, delay))
     creatinine = np.round(np.exp(generator.normal(0.1, 0.5, len(stay))), 1)

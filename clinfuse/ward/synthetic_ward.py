@@ -222,7 +222,7 @@ class WardFiles:
         self.truth_writer.write_table(truth)
 
 # %% ../../nbs/0_ward/07_synthetic_ward.ipynb #05fae216
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ward:
     "A synthetic ward on disk."
 
@@ -230,6 +230,9 @@ class Ward:
     version: str  # of MIMIC-IV, whose layout it has
     num_stays: int
     counts: dict[str, int]  # what was written -> how many rows, or images
+
+    def __repr__(self) -> str:
+        return f"Ward({self.folder.name!r}: {self.num_stays:,} stays, MIMIC-IV {self.version})"
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><td>{name}</td><td>{n:,}</td></tr>" for name, n in self.counts.items())
@@ -253,13 +256,14 @@ def write_ward(
 
     if not 1 <= num_stays <= 100_000:
         raise InputError(f"a ward has 1 to 100,000 stays, got num_stays={num_stays}")
-    starts = tqdm(range(0, num_stays, CHUNK_STAYS), "tables", disable=quiet, leave=False)
-    seeds = np.random.SeedSequence(seed).spawn(len(starts))
     table_columns(version)
+    starts = range(0, num_stays, CHUNK_STAYS)
+    seeds = np.random.SeedSequence(seed).spawn(len(starts))
     with new_folder(out) as folder:
         files = WardFiles(folder, version)
+        pieces = tqdm(list(zip(starts, seeds, strict=True)), "tables", disable=quiet, leave=False)
         with files.tables.stack, files.notes.stack:
-            for start, its_seed in zip(starts, seeds, strict=True):
+            for start, its_seed in pieces:
                 size = min(CHUNK_STAYS, num_stays - start)
                 rows_before = files.tables.num_rows["hosp/labevents"]
                 files.write(draw_ward(size, its_seed, version, start, rows_before))

@@ -122,7 +122,8 @@ def item_tables() -> dict[str, pd.DataFrame]:  # icu/d_items and hosp/d_labitems
     items = pd.DataFrame([(item, *row) for item, row in CHART_ITEMS.items()], columns=names)
     is_text = items["category"].isin(["Neurological", "Cardiovascular (Pulses)"])
     items = items.assign(linksto="chartevents", param_type=np.where(is_text, "Text", "Numeric"))
-    items.loc[len(items)] = [226559, "Foley", "Foley", "Output", "mL", "outputevents", "Numeric"]
+    foley = (226559, "Foley", "Foley", "Output", "mL", "outputevents", "Numeric")
+    items = pd.concat([items, pd.DataFrame([foley], columns=items.columns)], ignore_index=True)
     items = items.assign(unitname=items["unitname"].replace("", None))
     items = items.assign(lownormalvalue=None, highnormalvalue=None)
     tests = pd.DataFrame([(item, *row[:3]) for item, row in LABORATORY_ITEMS.items()])
