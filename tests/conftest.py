@@ -1,8 +1,11 @@
 """What several test files share."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores: more threads only wait
 
 SHARED_DATA = Path(__file__).parents[2] / "shared/data"
 

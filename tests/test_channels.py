@@ -141,29 +141,11 @@ def test_safe_values_are_within_the_limits_and_in_the_unit(tmp_path_factory, pai
             assert number != number
 
 
-@quick
-@given(
-    st.lists(
-        st.sampled_from(
-            [
-                "Spontaneously",
-                "to speech",
-                "TO PAIN",
-                "None",
-                "4 Spontaneously",
-                "3 to speech",
-                "asleep",
-                " None ",
-            ]
-        ),
-        min_size=1,
-        max_size=8,
-        unique=True,
-    )
-)
-def test_safe_reads_any_capital_letters_and_both_spellings(tmp_path_factory, texts):
+def test_safe_reads_any_capital_letters_and_both_spellings(tmp_path):
+    texts = ["Spontaneously", "to speech", "TO PAIN", "None", "4 Spontaneously", "3 to speech"]
+    texts += ["asleep", " None "]
     rows = [chart(1, 1, 220739, text) for text in texts]
-    found = cleaned(tmp_path_factory.mktemp("chart"), rows, SAFE)
+    found = cleaned(tmp_path, rows, SAFE)
     meaning = {"4 spontaneously": "spontaneously", "3 to speech": "to speech"}
     categories = [
         c.lower() for c in MIMIC_CHANNELS[POSITION["Glascow coma scale eye opening"]].categories

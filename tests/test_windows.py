@@ -144,7 +144,7 @@ def test_totals_need_three_parts_of_one_sample_at_one_time():
     assert list(found.sample) == [0] and list(found.available_hours) == [2.0]
     assert MIMIC_CHANNELS[total].categories[int(found.value[0])] == "15"
     assert np.array_equal(
-        np.lexsort((whole.hours, whole.channel, whole.sample)), range(len(whole.sample))
+        np.lexsort((whole.channel, whole.hours, whole.sample)), range(len(whole.sample))
     )
     empty = with_glasgow_totals(merge_simultaneous(events_of(rows).take(np.array([], dtype=int))))
     assert len(empty.sample) == 0

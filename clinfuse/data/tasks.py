@@ -88,23 +88,20 @@ def binned_series(
 
 # %% ../../nbs/1_data/08_tasks.ipynb #e54ee5af
 def event_table(
-    events: Events,  # sorted by sample
+    events: Events,
     sample_ids: Sequence[str],  # (sample,)
     channels: Sequence[Channel],
 ) -> pd.DataFrame:  # sample_id, hours, channel, value, available_hours
-    "Write events as a table in the order of samples and time, categories as the numbers they mean."
-    order = np.empty(len(events.sample), dtype=np.int64)
-    for _, part in sample_slices(events.sample):
-        keys = (events.channel[part], events.hours[part], events.sample[part])
-        order[part] = part.start + np.lexsort(keys)
+    "Write events as a table, categories as the numbers they mean."
     names = pd.CategoricalDtype([channel.name for channel in channels])
-    ids = pd.CategoricalDtype(list(sample_ids))
     columns = {
-        "sample_id": pd.Categorical.from_codes(events.sample, dtype=ids),
-        "hours": events.hours[order],
-        "channel": pd.Categorical.from_codes(events.channel[order], dtype=names),
-        "value": event_scores(events, channels)[order],
-        "available_hours": events.available_hours[order],
+        "sample_id": pd.Categorical.from_codes(
+            events.sample, dtype=pd.CategoricalDtype(list(sample_ids))
+        ),
+        "hours": events.hours,
+        "channel": pd.Categorical.from_codes(events.channel, dtype=names),
+        "value": event_scores(events, channels),
+        "available_hours": events.available_hours,
     }
     return pd.DataFrame(columns, copy=False)
 
@@ -125,7 +122,8 @@ def assemble_task(
             f"timestep_hours must be above 0 and no longer than the window, got {timestep_hours}"
         )
     has_events = np.bincount(events.sample, minlength=len(samples)) > 0
-    events = replace(events, sample=(np.cumsum(has_events) - 1)[events.sample])
+    moved_up = (np.cumsum(has_events) - 1).astype(events.sample.dtype)
+    events = replace(events, sample=moved_up[events.sample])
     num_bins = count_bins(window_hours[has_events], timestep_hours)
     starts = np.cumsum(num_bins) - num_bins
     samples = samples[has_events].assign(series_start=starts, series_length=num_bins)
@@ -183,6 +181,7 @@ def mortality_task(
     window_hours = np.full(len(stays), MORTALITY_HOURS)
     windows = stays.assign(sample=np.arange(len(stays)), end_hours=window_hours)
     events = window_events(tables, windows, cohort, protocol)
+    del tables
     has_events = pd.Series(np.bincount(events.sample, minlength=len(stays)) > 0, dtype=bool)
     left = attrition.keep(stays, has_events, "with a value in the window")
     if not len(left):

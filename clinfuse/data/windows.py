@@ -115,7 +115,7 @@ def series_from_cells(
 # %% ../../nbs/1_data/04_windows.ipynb #650db3a4
 @dataclass(frozen=True)
 class Events:
-    "Measured values, as parallel arrays sorted by sample, channel and time."
+    "Measured values, as parallel arrays sorted by sample, time and channel."
 
     sample: np.ndarray  # (event,) int32, position of the sample
     channel: np.ndarray  # (event,) int8, position of the channel
@@ -125,7 +125,7 @@ class Events:
 
     def take(
         self,
-        rows: np.ndarray,  # positions, or one truth value an event
+        rows: "np.ndarray | slice",  # positions, a slice, or one truth value an event
     ) -> "Events":
         "Some of the events."
         return Events(*(getattr(self, field.name)[rows] for field in fields(self)))
@@ -221,7 +221,7 @@ def event_scores(
 # %% ../../nbs/1_data/04_windows.ipynb #f8d7d8c2
 def with_glasgow_totals(
     events: Events,  # of the 17 channels, one value of a channel at a time
-) -> Events:  # with the totals, sorted by sample, channel, time
+) -> Events:  # with the totals, sorted by sample, time, channel
     "Add eye, motor and verbal response of one time; a tube in the throat leaves no total."
     eye, total, motor, verbal = (
         places(f"Glascow coma scale {part}")[0]
@@ -247,7 +247,7 @@ def with_glasgow_totals(
     both = Events(
         *(np.append(getattr(events, f.name), getattr(totals, f.name)) for f in fields(Events))
     )
-    return both.take(np.lexsort((both.hours, both.channel, both.sample)))
+    return both.take(np.lexsort((both.channel, both.hours, both.sample)))
 
 # %% ../../nbs/1_data/04_windows.ipynb #9f5e0c3a
 def sample_slices(
@@ -284,9 +284,10 @@ def window_events(
     else:
         rows = published_rows(tables, windows, cohort, protocol)
     columns = ["sample", "channel", "seconds", "available", "number"]
+    order = columns if protocol.mends_values else ["sample", "seconds", "channel"]
     small = {"sample": "int32", "channel": "int8", "seconds": "int32"}
     rows = rows.filter(rows.number.notnull()).cast(small)
-    table = tables.fetch(rows.select(columns).order_by(columns))
+    table = tables.fetch(rows.select(columns).order_by(order))
     sample, channel, seconds, available, number = (table[name].to_numpy() for name in columns)
     del table
     blocks = []

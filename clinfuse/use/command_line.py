@@ -23,7 +23,7 @@ def parameter_comments(
     function: Callable[..., Any],
 ) -> dict[str, str]:  # name of the parameter: the comment behind it
     "Read what a function's source says of each of its parameters."
-    signature = inspect.getsource(function).split('"', 1)[0]
+    signature = re.split(r"^\s*\)", inspect.getsource(function), maxsplit=1, flags=re.M)[0]
     return dict(re.findall(r"^\s+(\w+):[^#\n]*#\s*(.+)$", signature, re.M))
 
 # %% ../../nbs/8_use/05_command_line.ipynb #49b0afc9
@@ -127,5 +127,5 @@ def main() -> None:
     sys.exit(run_command(recipes.COMMANDS))
 
 # %% ../../nbs/8_use/05_command_line.ipynb #9cad3cbb
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():
     main()

@@ -112,13 +112,14 @@ def icustays_table(
     stays: pd.DataFrame,  # from `identify`
     generator: np.random.Generator,
 ) -> pd.DataFrame:  # as icu/icustays
-    "One row a stay. Of two stays in one admission only the first may change units."
+    "One row a stay, some with a change of units; no rule of a cohort can see the outcome in it."
     units, shares = list(CAREUNITS), np.array(list(CAREUNITS.values()))
     first = generator.choice(len(units), len(stays), p=shares)
     another = (first + generator.integers(1, len(units), len(stays))) % len(units)
     is_last = ~stays["hadm_id"].duplicated(keep="last")
     is_single = ~stays["hadm_id"].duplicated(keep=False)
     moves = (is_single | ~is_last) & (generator.random(len(stays)) < 0.07)
+    moves |= is_single & stays["died"] & stays["is_followed"]
     seconds = (stays["outtime"] - stays["intime"]).dt.total_seconds()
     return stays[["subject_id", "hadm_id", "stay_id", "intime", "outtime"]].assign(
         first_careunit=np.array(units)[first],

@@ -126,6 +126,7 @@ def draw_stays(
             "died": died,
             "is_new_patient": (kind == 0) | ~returns,
             "is_new_admission": (kind < 2) | ~returns,
+            "is_followed": np.r_[kind[1:] == 2, False],  # a second stay in this admission was meant
         }
     )
 

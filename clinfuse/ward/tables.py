@@ -208,7 +208,8 @@ def laboratory_table(
     is_lost = pa.array(generator.random(count) < 0.1)
     is_off = pc.or_(pc.less(value, low), pc.greater(value, high))
     time = columns["charttime"].to_numpy(zero_copy_only=False).astype(np.int64)
-    is_new = np.diff(columns["stay_id"].to_numpy(), prepend=0) + np.diff(time, prepend=0) != 0
+    stay = columns["stay_id"].to_numpy()
+    is_new = (np.diff(stay, prepend=0) != 0) | (np.diff(time, prepend=0) != 0)
     return pa.table(
         {
             **columns,
