@@ -48,6 +48,7 @@ def joined(draw):
     return rows
 
 
+@settings(deadline=None)
 @given(joined(), st.randoms())
 def test_order_of_rows_does_not_matter(rows, random):
     order = list(range(len(rows)))
@@ -61,6 +62,7 @@ def test_order_of_rows_does_not_matter(rows, random):
         pd.testing.assert_frame_equal(one, other.sort_index())
 
 
+@settings(deadline=None)
 @given(joined())
 def test_rules_only_remove_and_leave_one_stay_an_admission(rows):
     for protocol in PROTOCOLS:
@@ -77,6 +79,7 @@ def test_rules_only_remove_and_leave_one_stay_an_admission(rows):
         assert (left["first_careunit"] == left["last_careunit"]).all()
 
 
+@settings(deadline=None)
 @given(joined())
 def test_safe_cohort_ignores_what_is_written_after_discharge(rows):
     later = rows.assign(dod=pd.NaT, dischtime=pd.NaT)
@@ -144,7 +147,9 @@ def test_an_admission_that_ends_before_it_begins_is_no_reason_to_stop(tmp_path, 
     assert len(cohort_of(tmp_path, tables, protocol)[0]) == 4
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.permutations(range(4)))
 def test_order_of_the_files_does_not_matter(tmp_path_factory, order):
     tables = hospital()

@@ -99,13 +99,10 @@ def _find_tables(folder: Path, radiographs: Path | None, notes: Path | None) -> 
             stems[name] = [radiographs / f"mimic-cxr-2.{minor}.0-{kind}" for minor in (0, 1)]
         if notes and name.startswith("note/"):
             stems[name] = [notes / "note" / kind, notes / kind]
-    candidates = {
-        name: [Path(f"{stem}{suffix}") for stem in stems[name] for suffix in SUFFIXES]
-        for name in stems
-    }
-    found = {
-        name: next((f for f in files if f.is_file()), None) for name, files in candidates.items()
-    }
+    found = {}
+    for name, places in stems.items():
+        files = (Path(f"{stem}{suffix}") for stem in places for suffix in SUFFIXES)
+        found[name] = next((file for file in files if file.is_file()), None)
     return {name: file for name, file in found.items() if file}
 
 # %% ../../nbs/1_data/01_sources.ipynb #d128fe13
@@ -283,6 +280,8 @@ class MimicTables:
             memory_limit=memory, temp_directory=str(Path(tempfile.gettempdir()) / "clinfuse")
         )
         self.engine.raw_sql("SET preserve_insertion_order = false")
+        as_written = "SET disabled_optimizers = 'join_order,build_side_probe_side'"
+        self.engine.raw_sql(as_written)  # a join holds its right side in memory: the small one
         self._tables: dict[str, ibis.Table] = {}
 
     def table(
@@ -329,7 +328,7 @@ UNIQUE = {"hosp/patients": "subject_id", "hosp/admissions": "hadm_id", "icu/icus
 ORDERED = {"hosp/admissions": ("admittime", "dischtime"), "icu/icustays": ("intime", "outtime")}
 
 # %% ../../nbs/1_data/01_sources.ipynb #d540eafc
-@dataclass
+@dataclass(repr=False)
 class SourceCheck:
     "What a source holds, and what is wrong with it."
 
@@ -348,10 +347,12 @@ class SourceCheck:
         lines = [f"{self.source.kind} {self.source.version}", self.counts.to_string(index=False)]
         for found in self.findings.astype(object).to_dict("records"):
             place = [str(found["file"])]
-            place += [f"row {found['row']}"] if found["row"] is not pd.NA else []
+            place += [f"row {found['row']}"] if pd.notna(found["row"]) else []
             place += [f"column {found['column']}"] if found["column"] else []
             lines.append(f"{', '.join(place)}: {found['problem']}")
         return "\n".join([*lines, *["nothing missing, nothing malformed"] * self.ok])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         verdict = (

@@ -77,7 +77,9 @@ class Stage:
     patience: int = 15  # epochs without a better validation score before it stops; 15 as in MedFuse
     batch_size: int = 16  # 16 as in the robust-fusion paper, section V-A
     beta_2: float = 0.999  # of Adam
-    select_by: str = "auroc"  # validation score of the epoch that is kept: "auroc" or "auprc"
+    select_by: str = (
+        "auroc"  # validation score of the epoch that is kept: "auroc", "auprc" or "loss"
+    )
 
 # %% ../../nbs/5_systems/01_contract.ipynb #6c518af9
 def stage_rows(

@@ -25,7 +25,7 @@ from clinfuse.encoders.residual_network import (
     transform_radiographs,
 )
 from ..fusion.modality_attention import AttentionConfig, ModalityAttention
-from .batches import Batch, DataDescription
+from .batches import MODALITIES, Batch, DataDescription
 from .contract import NeuralSystem, Stage
 
 # %% ../../nbs/5_systems/02_robust_fusion.ipynb #18c5e428
@@ -64,8 +64,8 @@ LSTM_RECIPES = {
         RecurrentConfig(), Stage("series", ("series",), learning_rate=5.4e-4, beta_2=0.9)
     ),
     "quick": LSTMConfig(
-        RecurrentConfig(dim=64, num_layers=1, dropout=0.2),
-        Stage("series", ("series",), 3e-3, num_epochs=12, patience=4, batch_size=32),
+        RecurrentConfig(dim=64, num_layers=1, dropout=0.4),
+        Stage("series", ("series",), 1e-3, 12, patience=4, batch_size=32, select_by="loss"),
     ),
 }
 
@@ -105,7 +105,7 @@ RESNET34_RECIPES = {
     "safe": ResNet34Config(
         ResidualConfig(),
         SAFE_TRANSFORM,
-        Stage("radiograph", ("radiograph",), learning_rate=3e-4, batch_size=32),
+        Stage("radiograph", ("radiograph",), 3e-4, batch_size=32, select_by="loss"),
     ),
     "published": ResNet34Config(
         ResidualConfig(),
@@ -113,9 +113,9 @@ RESNET34_RECIPES = {
         Stage("radiograph", ("radiograph",), learning_rate=3e-5, beta_2=0.9),
     ),
     "quick": ResNet34Config(
-        ResidualConfig(depths=(1, 1, 1, 1), widths=(16, 32, 64, 128), dropout=0.2),
+        ResidualConfig(depths=(1, 1, 1), widths=(16, 32, 64), dropout=0.2),
         QUICK_TRANSFORM,
-        Stage("radiograph", ("radiograph",), 2e-3, num_epochs=20, patience=6, batch_size=32),
+        Stage("radiograph", ("radiograph",), 2e-3, 20, patience=6, batch_size=32, select_by="loss"),
     ),
 }
 
@@ -195,7 +195,7 @@ ROBUST_FUSION_RECIPES = {
         LSTM_RECIPES["quick"],
         RESNET34_RECIPES["quick"],
         AttentionConfig(num_heads=4, feedforward_dim=128),
-        Stage("joint", learning_rate=5e-4, num_epochs=12, patience=4, batch_size=32),
+        Stage("joint", MODALITIES, 3e-4, 10, patience=3, batch_size=32, select_by="loss"),
     ),
 }
 

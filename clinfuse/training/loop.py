@@ -56,13 +56,14 @@ def validation_scores(
 # %% ../../nbs/6_training/01_loop.ipynb #488f483a
 def epoch_merit(
     scores: dict[str, float],  # from `validation_scores`
-    select_by: str,  # "auroc" or "auprc"
+    select_by: str,  # "auroc", "auprc" or "loss"
     epoch: int,
 ) -> float:  # the higher the better
     "What the best epoch has most of."
-    if select_by not in ("auroc", "auprc"):
-        raise InputError(f"unknown select_by {select_by!r}; known: auroc, auprc")
-    for value in (scores[select_by], -scores["loss"]):
+    known = {name: -value if name == "loss" else value for name, value in scores.items()}
+    if select_by not in known:
+        raise InputError(f"unknown select_by {select_by!r}; known: {', '.join(known)}")
+    for value in (known[select_by], known["loss"]):
         if np.isfinite(value):
             return value
     return float(epoch)

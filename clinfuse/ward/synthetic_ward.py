@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRUTH', 'CHUNK_STAYS', 'draw_late_glucose', 'draw_films', 'draw_images', 'WardTables', 'draw_events', 'draw_ward',
-           'WardFiles', 'Ward', 'write_ward', 'ward_truth']
+           'WardFiles', 'Ward', 'write_ward', 'count_stays', 'ward_truth']
 
 # %% ../../nbs/0_ward/07_synthetic_ward.ipynb #c6ef5208
 import json
@@ -148,6 +148,9 @@ def draw_events(
         part.update({name: values[kept] for name, values in part.items()})
     return charts, laboratory
 
+# %% ../../nbs/0_ward/07_synthetic_ward.ipynb #b16bb9a2
+CHUNK_STAYS = 2500  # drawn and written at a time
+
 # %% ../../nbs/0_ward/07_synthetic_ward.ipynb #34857cb3
 def draw_ward(
     num_stays: int,  # > 0
@@ -158,7 +161,8 @@ def draw_ward(
 ) -> WardTables:
     "Draw some stays with everything that a hospital keeps about them."
     who, when, measured, coded, written, filmed = map(np.random.default_rng, seeds.spawn(6))
-    stays = identify(draw_timeline(draw_stays(num_stays, who), when), serial)
+    drawn = draw_stays(max(num_stays, CHUNK_STAYS), who).head(num_stays)
+    stays = identify(draw_timeline(drawn, when), serial)
     patients = patients_table(stays, when, version)
     admissions = admissions_table(stays, patients, when)
     icustays = icustays_table(stays, when)
@@ -183,9 +187,6 @@ def draw_ward(
     return WardTables(truth, tables, notes, images)
 
 # %% ../../nbs/0_ward/07_synthetic_ward.ipynb #980604f6
-CHUNK_STAYS = 2500  # drawn and written at a time
-
-
 class WardFiles:
     "The open files of a ward that is being written."
 
@@ -280,6 +281,22 @@ def write_ward(
     return Ward(
         Path(out), version, num_stays, {**counts, "radiographs": len(drawn) if images else 0}
     )
+
+# %% ../../nbs/0_ward/07_synthetic_ward.ipynb #67d73206
+def count_stays(
+    num_patients: int,  # > 0
+    seed: int = 0,  # of the ward
+) -> int:  # `num_stays` of the ward that holds exactly these patients
+    "How many stays the first patients of a ward have."
+    if num_patients < 1:
+        raise InputError(f"a ward has at least one patient, got {num_patients}")
+    seeds, stays, missing = np.random.SeedSequence(seed), 0, num_patients
+    while True:
+        who = np.random.default_rng(seeds.spawn(1)[0].spawn(6)[0])
+        first_stays = np.flatnonzero(draw_stays(CHUNK_STAYS, who)["is_new_patient"])
+        if len(first_stays) > missing:
+            return stays + int(first_stays[missing])
+        missing, stays = missing - len(first_stays), stays + CHUNK_STAYS
 
 # %% ../../nbs/0_ward/07_synthetic_ward.ipynb #0422d67d
 def ward_truth(
