@@ -106,7 +106,8 @@ def residual_backbone(
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"could not load weights {config.weights!r}: {reason}") from error
-    found = (model.config.layer_type, *model.config.depths, *model.config.hidden_sizes)
+    loaded: Any = model.config
+    found = (loaded.layer_type, *loaded.depths, *loaded.hidden_sizes)
     if found != ("basic", *config.depths, *config.widths):
         raise InputError(f"weights {config.weights!r} belong to another network: {found}")
     return model

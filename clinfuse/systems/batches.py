@@ -39,7 +39,7 @@ def invented_patients(
             "subject_id": np.arange(num_samples) + 1,
             "hadm_id": pd.array([None] * num_samples, dtype="Int64"),
             "stay_id": pd.array([None] * num_samples, dtype="Int64"),
-            "prediction_time": pd.to_datetime([None] * num_samples),
+            "prediction_time": pd.Series(pd.NaT, index=range(num_samples)),
             "in_hospital_mortality": (random.random(num_samples) < risk).astype(int),
             "age_years": random.normal(65, 10, num_samples).round(1),
             "series_start": np.cumsum(length) - length,

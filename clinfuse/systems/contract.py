@@ -11,7 +11,7 @@ __all__ = ['SYSTEMS', 'System', 'TabularSystem', 'Stage', 'stage_rows', 'known_l
 import importlib
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -147,17 +147,19 @@ def predict_in_batches(
     system: NeuralSystem,
     data: PreparedData,
     rows: np.ndarray,  # (sample,) positions in `data.samples`
+    stage: Stage | None = None,  # whose head answers; None: the last one, which predicts
     batch_size: int = 64,  # samples at a time; changes speed and memory, not the result
 ) -> np.ndarray:  # float64 (sample, label) probabilities
     "Let a neural system predict, a few samples at a time."
-    was_training, modalities = system.training, system.stages()[-1].modalities
-    device = next(system.parameters()).device
+    stage = stage or system.stages()[-1]
+    was_training, device = system.training, next(system.parameters()).device
     parts = [np.zeros((0, len(system.description.labels)))]
     system.eval()
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        batch = read_batch(data, part, system.description, modalities, system.clahe)
-        parts.append(system(batch.to(device)).double().sigmoid().cpu().numpy())
+        batch = read_batch(data, part, system.description, stage.modalities, system.clahe)
+        logits = system.logits(stage.name, batch.to(device))
+        parts.append(logits.double().sigmoid().cpu().numpy())
     system.train(was_training)
     return np.concatenate(parts)
 
@@ -259,7 +261,7 @@ def config_from_plain(
     plain: Any,  # as `dataclasses.asdict` and JSON leave it
 ) -> Any:
     "Rebuild a configuration from what a JSON file holds."
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         types = typing.get_type_hints(kind)
         if unknown := set(plain) - set(types):
             raise InputError(f"unknown settings: {', '.join(sorted(unknown))}")

@@ -219,7 +219,11 @@ class RobustFusion(NeuralSystem):
 
     def stage_modules(self, stage: str) -> Sequence[nn.Module]:
         joint = (self.lstm.encoder, self.resnet34.encoder, self.projection, self.fusion, self.head)
-        return {"series": [self.lstm], "radiograph": [self.resnet34]}.get(stage, joint)
+        alone: dict[str, Sequence[nn.Module]] = {
+            "series": [self.lstm],
+            "radiograph": [self.resnet34],
+        }
+        return alone.get(stage, joint)
 
     def fuse(self, batch: Batch) -> tuple[Tensor, Tensor]:  # (batch, dim), attention weights
         "What each patient's modalities say together, and how they were weighed."

@@ -89,7 +89,7 @@ def summary_features(
     for part, names in ((order, STATISTICS), (order[is_late], LATE_STATISTICS)):
         statistics = group_statistics(group[part], value[part], len(rows) * len(channels))
         block = np.stack([statistics[name] for name in names], axis=1)
-        parts.append(block.reshape(len(rows), -1))
+        parts.append(block.reshape(len(rows), len(channels) * len(names)))
     for name in data.attributes:
         parts.append(samples[name].to_numpy(np.float64, na_value=np.nan)[:, None])
     columns = feature_names(channels, tuple(data.attributes))
@@ -102,11 +102,14 @@ def features_for(
     rows: np.ndarray,  # (sample,)
 ) -> np.ndarray:  # float64 (sample, feature)
     "The columns that a model was trained on, in its order."
-    table = summary_features(data, rows)
+    found = {channel["name"] for channel in data.manifest["channels"]} | set(data.attributes)
+    wanted = description.channels + description.attributes
+    if missing := [name for name in wanted if name not in found]:
+        raise InputError(
+            f"{data.path} lacks what the system was trained on: {', '.join(missing[:5])}"
+        )
     names = feature_names(description.channels, description.attributes)
-    if missing := [name for name in names if name not in table.columns]:
-        raise InputError(f"{data.path} lacks what the system was trained on: {missing[0]}, ...")
-    return table[names].to_numpy()
+    return summary_features(data, rows)[names].to_numpy()
 
 # %% ../../nbs/5_systems/07_tabular_baselines.ipynb #9d2c89b1
 def fit_standardiser(
@@ -293,6 +296,8 @@ class XGBoost(TabularSystem):
         return {"trees": float(np.mean([b.num_boosted_rounds() for b in self.boosters]))}
 
     def predict(self, data: PreparedData, rows: np.ndarray) -> np.ndarray:
+        if not len(rows):
+            return np.zeros((0, len(self.boosters)))
         boost = import_extra("xgboost", "boost")
         matrix = boost.DMatrix(features_for(self.description, data, rows))
         return np.stack([b.predict(matrix) for b in self.boosters], axis=1).astype(np.float64)

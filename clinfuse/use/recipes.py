@@ -33,11 +33,11 @@ def ward(
     quiet: bool = False,  # no progress bars
 ) -> "Ward":
     "Write a synthetic ward: MIMIC-IV, MIMIC-CXR-JPG and MIMIC-IV-Note, and the truth behind them."
-    from clinfuse.ward.synthetic_ward import write_ward
+    from clinfuse.ward.synthetic_ward import count_stays, write_ward
 
     return write_ward(
         out,
-        num_stays=round(1.3 * patients),
+        num_stays=count_stays(patients, seed),
         version=version,
         images=not no_images,
         seed=seed,
@@ -183,7 +183,7 @@ DEMO_SYSTEMS = ("lstm", "resnet34", "robust-fusion", "logistic-regression")
 def demo(
     *,
     out: str = "clinfuse-demo",  # folder to write; must not exist
-    patients: int = 2000,  # of the ward
+    patients: int = 3000,  # of the ward
     seed: int = 0,  # of the ward, the split and the training
     quiet: bool = False,  # no progress bars
 ) -> Evaluation:
