@@ -109,7 +109,9 @@ def run_command(
         result = function(**keywords)
         if result is not None:
             print(result)
-        return getattr(result, "exit_status", 0)
+        if getattr(result, "ok", True):
+            return 0
+        print("clinfuse: problems were found, listed above", file=sys.stderr)
     except InputError as error:
         print(f"clinfuse: {' '.join(str(error).split())}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -124,6 +126,9 @@ def run_command(
 # %% ../../nbs/8_use/05_command_line.ipynb #18352b29
 def main() -> None:
     "Entry point of the console script `clinfuse`."
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # threads that wait leave the cores to others
     sys.exit(run_command(recipes.COMMANDS))
 
 # %% ../../nbs/8_use/05_command_line.ipynb #9cad3cbb
