@@ -28,13 +28,13 @@ class Vital:
 
 
 VITALS = {
-    "heart rate": Vital(84, 11, 2, 11, 5, 0),
-    "respiratory rate": Vital(18.5, 2.6, 0.5, 4, 2.2, 0),
-    "oxygen saturation": Vital(96, 1.0, -0.2, -1.7, 1.0, 0, 100),
-    "systolic": Vital(122, 14, -2, -15, 8, 0),
-    "diastolic": Vital(63, 8, -1, -7, 5, 0),
-    "temperature": Vital(36.9, 0.3, 0.05, 0.5, 0.25, 1),
-    "glucose": Vital(138, 24, 3, 26, 16, 0),
+    "heart rate": Vital(84, 11, 2, 12, 3, 0),
+    "respiratory rate": Vital(18.5, 2.6, 0.5, 4.5, 1.4, 0),
+    "oxygen saturation": Vital(96, 1.0, -0.2, -1.8, 0.6, 0, 100),
+    "systolic": Vital(122, 14, -2, -16, 5, 0),
+    "diastolic": Vital(63, 8, -1, -8, 3, 0),
+    "temperature": Vital(36.9, 0.3, 0.05, 0.6, 0.15, 1),
+    "glucose": Vital(138, 24, 3, 28, 10, 0),
     "pH": Vital(7.39, 0.025, -0.005, -0.055, 0.022, 2),
     "oxygen fraction": Vital(43, 5, 3, 12, 3, 0, 100),
     "unconsciousness": Vital(0.4, 0.5, 0.35, 0.9, 0.35, 6),
