@@ -38,7 +38,7 @@ SYSTEM_COLOURS = {
 FIGURE_WIDTH = 6.5  # inch, the text width of a printed page
 
 # %% ../nbs/02_figures.ipynb #e68cfd2d
-STYLE = {
+STYLE: dict[str, Any] = {
     "figure.dpi": 100,
     "savefig.dpi": 100,
     "font.size": 9,
@@ -65,7 +65,7 @@ def figure(
 
     if height > 3.5:
         raise ValueError(f"a figure is at most 3.5 inch high, got {height}")
-    plt.rcParams.update(STYLE)
+    plt.style.use(STYLE)
     size = (FIGURE_WIDTH, height)
     return plt.subplots(num_rows, num_columns, figsize=size, layout="constrained", **options)
 

@@ -217,4 +217,3 @@ def test_demo_from_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "robust-fusion" in done.stdout
     assert (tmp_path / "clinfuse-demo/report/report.html").exists()
-

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 from .. import __version__
@@ -32,8 +33,8 @@ def argument_options(
 ) -> dict[str, Any]:  # keyword arguments of `argparse.ArgumentParser.add_argument`
     "Translate the annotation of a parameter into what argparse understands."
     annotation = parameter.annotation
-    if type(None) in get_args(annotation):
-        annotation = next(kind for kind in get_args(annotation) if kind is not type(None))
+    if isinstance(annotation, UnionType):
+        annotation = get_args(annotation)[0]
     if annotation is bool:
         return {"action": "store_true"}
     origin = get_origin(annotation)

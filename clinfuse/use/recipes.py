@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/8_use/04_recipes.ipynb #a2066786
 def ward(
-    out: str,  # folder to write; must not exist
+    out: str | Path,  # folder to write; must not exist
     *,
     patients: int = 1000,  # number of patients, some with several stays, > 0
     version: Literal["1.0", "2.2", "3.1"] = "2.2",  # layout of MIMIC-IV to write
@@ -46,7 +46,7 @@ def ward(
 
 # %% ../../nbs/8_use/04_recipes.ipynb #16f79c97
 def check(
-    source: str,  # folder of a data set
+    source: str | Path,  # folder of a data set
 ) -> "SourceCheck":
     "Say which data set and version a folder holds, what is missing or malformed, and its counts."
     from clinfuse.data.sources import check_source, open_source
@@ -55,15 +55,21 @@ def check(
 
 # %% ../../nbs/8_use/04_recipes.ipynb #56285a1a
 def prepare(
-    source: str,  # folder of a data set
-    out: str,  # prepared folder to write; must not exist
+    source: str | Path,  # folder of a data set
+    out: str | Path,  # prepared folder to write; must not exist
     *,
     task: str,  # in-hospital-mortality, ...
     protocol: Literal["safe", "published"] = "safe",  # what a model may know
-    radiographs: str | None = None,  # MIMIC-CXR-JPG folder, where it does not lie beside the tables
-    notes: str | None = None,  # MIMIC-IV-Note folder, where it does not lie beside the tables
+    radiographs: str
+    | Path
+    | None = None,  # MIMIC-CXR-JPG folder, where it does not lie beside the tables
+    notes: str
+    | Path
+    | None = None,  # MIMIC-IV-Note folder, where it does not lie beside the tables
     timestep_hours: float = 1.0,  # width of a bin of the observation grid, > 0
-    splits: str | None = None,  # CSV with subject_id and split, to use somebody else's splits
+    splits: str
+    | Path
+    | None = None,  # CSV with subject_id and split, to use somebody else's splits
     seed: int = 0,  # of the patient-level split
     quiet: bool = False,  # no progress bars
 ) -> "PreparedData":
@@ -84,7 +90,7 @@ def prepare(
 
 # %% ../../nbs/8_use/04_recipes.ipynb #5e0539f8
 def describe(
-    data: str,  # prepared folder
+    data: str | Path,  # prepared folder
 ) -> "Description":
     "Cohort attrition, missingness, label prevalence, modality overlap."
     from clinfuse.data.dataset import PreparedData
@@ -95,8 +101,8 @@ def describe(
 # %% ../../nbs/8_use/04_recipes.ipynb #47609273
 def train(
     system: str,  # robust-fusion, lstm, resnet34, logistic-regression, xgboost
-    data: str,  # prepared folder
-    run: str,  # run folder to write; must not exist
+    data: str | Path,  # prepared folder
+    run: str | Path,  # run folder to write; must not exist
     *,
     recipe: Literal["safe", "published", "quick"] = "safe",  # named set of settings
     set: dict[str, str] | None = None,  # single settings changed, as in the system's configuration
@@ -120,13 +126,14 @@ def train(
 
 # %% ../../nbs/8_use/04_recipes.ipynb #20b454f6
 def evaluate(
-    runs: list[str],  # run folders
+    runs: list[str | Path],  # run folders
     *,
-    data: str,  # prepared folder
-    out: str,  # folder to write; must not exist
+    data: str | Path,  # prepared folder
+    out: str | Path,  # folder to write; must not exist
     split: Literal["train", "validation", "test"] = "test",  # which samples
-    reachable: dict[str, float]
-    | None = None,  # name of a subset of modalities=its best AUROC, where known
+    truth: str
+    | Path
+    | None = None,  # the ward that the data came from: shows the best reachable AUROC
     quiet: bool = False,  # no progress bars
 ) -> Evaluation:
     "Metrics with intervals, paired differences, figures and a report."
@@ -149,6 +156,7 @@ def evaluate(
         }
         metrics = evaluate_runs(tables, split)
         write_metrics(metrics, folder / "metrics.json")
+        reachable = reachable_auroc(truth, prepared, rows) if truth else None
         write_report(folder, metrics, tables, prepared, reachable=reachable)
     for name, run in zip(names, runs):
         write_metrics(
@@ -158,9 +166,9 @@ def evaluate(
 
 # %% ../../nbs/8_use/04_recipes.ipynb #d8108a4a
 def predict(
-    run: str,  # run folder
-    data: str,  # prepared folder; labels are not needed
-    out: str,  # CSV to write: sample_id, label, prediction; must not exist
+    run: str | Path,  # run folder
+    data: str | Path,  # prepared folder; labels are not needed
+    out: str | Path,  # CSV to write: sample_id, label, prediction; must not exist
     *,
     quiet: bool = False,  # no progress bars
 ) -> "pd.DataFrame":
@@ -182,7 +190,7 @@ DEMO_SYSTEMS = ("lstm", "resnet34", "robust-fusion", "logistic-regression")
 # %% ../../nbs/8_use/04_recipes.ipynb #85b4ee87
 def demo(
     *,
-    out: str = "clinfuse-demo",  # folder to write; must not exist
+    out: str | Path = "clinfuse-demo",  # folder to write; must not exist
     patients: int = 3000,  # of the ward
     seed: int = 0,  # of the ward, the split and the training
     quiet: bool = False,  # no progress bars
@@ -198,8 +206,7 @@ def demo(
         trained = train(system, data.path, run, recipe="quick", seed=seed, quiet=quiet)
         if not quiet:
             print(trained)
-    best = reachable_auroc(place / "ward", data, data.rows("test"))
-    return evaluate(runs, data=data.path, out=place / "report", reachable=best, quiet=quiet)
+    return evaluate(runs, data=data.path, out=place / "report", truth=place / "ward", quiet=quiet)
 
 # %% ../../nbs/8_use/04_recipes.ipynb #aa835184
 COMMANDS: dict[str, Callable[..., Any]] = {
