@@ -66,6 +66,17 @@ def position(module):
     raise AssertionError(f"{module} is no page")
 
 
+def imported_modules(code):
+    """The pages that some code imports, whether as `from clinfuse.use.recipes import x` or `from clinfuse.use import recipes`."""
+    pages = {f"clinfuse.{module[1]}" for path in NOTEBOOKS if (module := module_of(path))}
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clinfuse."):
+            if node.module in pages:
+                yield node.module
+            else:
+                yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
 @each_notebook
 def test_opens_with_title_and_promise(path):
     assert re.match(r"# \S.*\n\n> \S", source(cells(path, "markdown")[0]))
@@ -85,9 +96,8 @@ def test_imports_point_down(path):
     if module is None:
         pytest.skip("exports nothing")
     here = position(f"clinfuse.{module[1]}")
-    for node in ast.walk(ast.parse("\n".join(exported(path)))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("clinfuse."):
-            assert position(node.module) < here, f"{module[1]} imports {node.module} above it"
+    for module_name in imported_modules("\n".join(exported(path))):
+        assert position(module_name) < here, f"{module[1]} imports {module_name} above it"
 
 
 @each_notebook

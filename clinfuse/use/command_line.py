@@ -40,7 +40,7 @@ def argument_options(
     origin = get_origin(annotation)
     if origin is dict:
         return {"nargs": "+", "metavar": "KEY=VALUE", "type": key_and_value}
-    if origin in (list, tuple):
+    if origin is Sequence:
         return {"nargs": "+"}
     if origin is not None:
         return {"choices": list(get_args(annotation))}

@@ -8,7 +8,7 @@ __all__ = ['DEMO_SYSTEMS', 'COMMANDS', 'ward', 'check', 'prepare', 'describe', '
 # %% ../../nbs/8_use/04_recipes.ipynb #157715dc
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,16 +60,10 @@ def prepare(
     *,
     task: str,  # in-hospital-mortality, ...
     protocol: Literal["safe", "published"] = "safe",  # what a model may know
-    radiographs: str
-    | Path
-    | None = None,  # MIMIC-CXR-JPG folder, where it does not lie beside the tables
-    notes: str
-    | Path
-    | None = None,  # MIMIC-IV-Note folder, where it does not lie beside the tables
+    radiographs: str | Path | None = None,  # MIMIC-CXR-JPG, if not beside the tables
+    notes: str | Path | None = None,  # MIMIC-IV-Note, if not beside the tables
     timestep_hours: float = 1.0,  # width of a bin of the observation grid, > 0
-    splits: str
-    | Path
-    | None = None,  # CSV with subject_id and split, to use somebody else's splits
+    splits: str | Path | None = None,  # CSV of subject_id and split: others' splits
     seed: int = 0,  # of the patient-level split
     quiet: bool = False,  # no progress bars
 ) -> "PreparedData":
@@ -105,7 +99,7 @@ def train(
     run: str | Path,  # run folder to write; must not exist
     *,
     recipe: Literal["safe", "published", "quick"] = "safe",  # named set of settings
-    set: dict[str, str] | None = None,  # single settings changed, as in the system's configuration
+    set: dict[str, str] | None = None,  # single settings of the recipe to change
     seed: int = 0,  # of initial weights, order of samples and augmentation
     quiet: bool = False,  # no progress bars
 ) -> TrainedRun:
@@ -126,14 +120,12 @@ def train(
 
 # %% ../../nbs/8_use/04_recipes.ipynb #20b454f6
 def evaluate(
-    runs: list[str | Path],  # run folders
+    runs: Sequence[str | Path],  # run folders
     *,
     data: str | Path,  # prepared folder
     out: str | Path,  # folder to write; must not exist
     split: Literal["train", "validation", "test"] = "test",  # which samples
-    truth: str
-    | Path
-    | None = None,  # the ward that the data came from: shows the best reachable AUROC
+    truth: str | Path | None = None,  # ward the data are from: its best AUROC is shown
     quiet: bool = False,  # no progress bars
 ) -> Evaluation:
     "Metrics with intervals, paired differences, figures and a report."

@@ -60,7 +60,7 @@ def prediction_table(
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/8_use/03_results.ipynb #03e4f00b
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     "What `evaluate` found."
 
@@ -83,6 +83,9 @@ class Evaluation:
                     f"({pair['low']:+.3f} to {pair['high']:+.3f})"
                 )
         return "\n".join([*lines, "", f"report: {self.folder / 'report.html'}"])
+
+    def __repr__(self) -> str:
+        return self.table.to_string()
 
     def _repr_html_(self) -> str:
         return self.table.to_html()
