@@ -205,6 +205,14 @@ def test_from_prepared_folder_to_report_and_predictions(prepared, tmp_path):
     assert str(out) in complaint(clinfuse("predict", run, prepared, out, "--quiet"))
 
 
+def test_a_reader_may_stop_reading(prepared):
+    words = f"{sys.executable} -m clinfuse.use.command_line describe {prepared} | head -n 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", words], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "" and len(done.stdout.splitlines()) == 1
+
+
 def test_settings_are_checked_by_name(prepared, tmp_path):
     done = clinfuse("train", "lstm", prepared, tmp_path / "run", "--set", "speed=3", "--quiet")
     assert "speed" in complaint(done)

@@ -279,7 +279,8 @@ class MimicTables:
         self.engine = ibis.duckdb.connect(
             memory_limit=memory, temp_directory=str(Path(tempfile.gettempdir()) / "clinfuse")
         )
-        self.engine.raw_sql("SET preserve_insertion_order = false")
+        for setting in ("preserve_insertion_order", "enable_progress_bar"):
+            self.engine.raw_sql(f"SET {setting} = false")
         as_written = "SET disabled_optimizers = 'join_order,build_side_probe_side'"
         self.engine.raw_sql(as_written)  # a join holds its right side in memory: the small one
         self._tables: dict[str, ibis.Table] = {}

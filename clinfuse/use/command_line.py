@@ -109,7 +109,7 @@ def run_command(
     try:
         result = function(**keywords)
         if result is not None:
-            print(result)
+            print(result, flush=True)
         if getattr(result, "ok", True):
             return 0
         print("clinfuse: problems were found, listed above", file=sys.stderr)
@@ -117,6 +117,9 @@ def run_command(
         print(f"clinfuse: {' '.join(str(error).split())}", file=sys.stderr)
     except KeyboardInterrupt:
         print("clinfuse: interrupted", file=sys.stderr)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if os.environ.get("CLINFUSE_TRACEBACK"):
             raise
