@@ -192,12 +192,13 @@ def _facts(
 
 def _source_facts(source: Source | None) -> dict[str, Any]:
     if source is None:
-        return {"kind": "made by hand", "version": "", "files": {}}
+        return {"kind": "made by hand", "version": "", "synthetic": True, "files": {}}
     files = {
         name: {"file": path.name, **file_checksum(path)}
         for name, path in sorted(source.files.items())
     }
-    return {"kind": source.kind, "version": source.version, "files": files}
+    about = {"kind": source.kind, "version": source.version, "synthetic": source.is_synthetic}
+    return about | {"files": files}
 
 
 def _text_facts(texts: pd.DataFrame | None) -> dict[str, Any]:

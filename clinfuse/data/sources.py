@@ -78,6 +78,11 @@ class Source:
     radiographs: Path | None = None  # folder of MIMIC-CXR-JPG
     notes: Path | None = None  # folder of MIMIC-IV-Note
 
+    @property
+    def is_synthetic(self) -> bool:
+        "Whether the folder is that of a synthetic ward, whose truth lies beside its tables."
+        return (self.folder.parent / "truth" / "ward.json").is_file()
+
 
 def _challenge_files(folder: Path) -> dict[str, Path]:
     "The sets of the PhysioNet Challenge 2012: set-a -> folder or archive, outcomes-a -> file."
@@ -505,6 +510,7 @@ def check_source(
             here |= counts
         findings += found
     version = "demo" if here.get("hosp/patients") == 100 else source.version
+    version = "" if source.is_synthetic else version
     known = {
         what: n for key in version.split(", ") for what, n in PUBLISHED_COUNTS.get(key, {}).items()
     }
