@@ -192,13 +192,11 @@ def _facts(
 
 def _source_facts(source: Source | None) -> dict[str, Any]:
     if source is None:
-        return {"kind": "made by hand", "version": "", "synthetic": True, "files": {}}
-    files = {
-        name: {"file": path.name, **file_checksum(path)}
-        for name, path in sorted(source.files.items())
-    }
-    about = {"kind": source.kind, "version": source.version, "synthetic": source.is_synthetic}
-    return about | {"files": files}
+        return {"kind": "made by hand", "version": "", "synthetic": False, "files": {}}
+    named = sorted(source.files.items())
+    files = {name: {"file": path.name, **file_checksum(path)} for name, path in named}
+    about = {name: getattr(source, name) for name in ("kind", "version")}
+    return about | {"synthetic": source.is_synthetic, "files": files}
 
 
 def _text_facts(texts: pd.DataFrame | None) -> dict[str, Any]:

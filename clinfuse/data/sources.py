@@ -84,18 +84,6 @@ class Source:
         return (self.folder.parent / "truth" / "ward.json").is_file()
 
 
-def _challenge_files(folder: Path) -> dict[str, Path]:
-    "The sets of the PhysioNet Challenge 2012: set-a -> folder or archive, outcomes-a -> file."
-    files = {}
-    for letter in "abc":
-        sets = (folder / f"set-{letter}", folder / f"set-{letter}.tar.gz")
-        outcomes = folder / f"Outcomes-{letter}.txt"
-        if found := next((file for file in sets if file.exists()), None):
-            files[f"set-{letter}"] = found
-            files |= {f"outcomes-{letter}": outcomes} if outcomes.exists() else {}
-    return files
-
-
 def _find_tables(folder: Path, radiographs: Path | None, notes: Path | None) -> dict[str, Path]:
     stems = {name: [folder / name, folder / name.replace("hosp/", "core/")] for name in TABLES}
     for name in EXTRA_TABLES:
@@ -136,6 +124,18 @@ def mimic_version(
     if latest == "2020 - 2022":
         return "3.0-3.1"
     return "2.1-2.2" if "admit_provider_id" in admissions else "2.0"
+
+
+def _challenge_files(folder: Path) -> dict[str, Path]:
+    "The sets of the PhysioNet Challenge 2012: set-a -> folder or archive, outcomes-a -> file."
+    files = {}
+    for letter in "abc":
+        sets = (folder / f"set-{letter}", folder / f"set-{letter}.tar.gz")
+        outcomes = folder / f"Outcomes-{letter}.txt"
+        if found := next((file for file in sets if file.exists()), None):
+            files[f"set-{letter}"] = found
+            files |= {f"outcomes-{letter}": outcomes} if outcomes.exists() else {}
+    return files
 
 # %% ../../nbs/1_data/01_sources.ipynb #ac654e47
 def _header(file: Path) -> list[str]:
@@ -276,7 +276,7 @@ class MimicTables:
     def __init__(
         self,
         source: Source,
-        memory: str = "1GB",  # what the engine may hold; beyond that it writes temporary files
+        memory: str = "3GB",  # what the engine may hold; beyond that it writes temporary files
     ):
         import ibis
 
