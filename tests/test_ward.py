@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from clinfuse.conventions import InputError
 from clinfuse.ward.patients import (
     LATENTS,
+    RISK,
     SUBSETS,
     RiskModel,
     draw_stays,
     mean_risk,
     radiograph_chance,
-    risk_given,
     subset_name,
     text_distribution,
     true_risks,
+    truth_given,
 )
 from clinfuse.ward.synthetic_ward import CHUNK_STAYS, draw_ward, ward_truth, write_ward
 from clinfuse.ward.tables import VERSIONS, table_columns
@@ -100,7 +101,7 @@ def test_same_seed_same_bytes_with_and_without_images(tmp_path):
     assert a == b
     assert c == {name: digest for name, digest in a.items() if "mimic-cxr-jpg" not in name}
     fixed = {"mimic-iv/icu/d_items.csv.gz", "mimic-iv/hosp/d_labitems.csv.gz"}
-    fixed |= {"mimic-iv/hosp/d_icd_diagnoses.csv.gz"}
+    fixed |= {f"mimic-iv/hosp/d_icd_{kind}.csv.gz" for kind in ("diagnoses", "procedures")}
     assert {name for name in a.keys() & d.keys() if a[name] == d[name]} == fixed
 
 
@@ -220,7 +221,11 @@ def test_more_knowledge_never_hurts_on_average():
 def test_order_and_company_of_stays_do_not_change_their_truth():
     stays = draw_stays(300, np.random.default_rng(4))
     shuffled = stays.sample(frac=1, random_state=0)
-    together = pd.Series(risk_given(shuffled, ["radiograph", "text"]), index=shuffled.index)
-    np.testing.assert_allclose(together.sort_index(), risk_given(stays, ["radiograph", "text"]))
-    alone = [risk_given(stays.iloc[[i]], ["radiograph", "text"])[0] for i in range(5)]
+    together = pd.Series(
+        truth_given(RISK.risk, shuffled, ["radiograph", "text"]), index=shuffled.index
+    )
+    np.testing.assert_allclose(
+        together.sort_index(), truth_given(RISK.risk, stays, ["radiograph", "text"])
+    )
+    alone = [truth_given(RISK.risk, stays.iloc[[i]], ["radiograph", "text"])[0] for i in range(5)]
     np.testing.assert_allclose(alone, together.sort_index().iloc[:5])
