@@ -1,14 +1,28 @@
 """Folders of patient data: recognised in every form, and refused in one line when they are broken."""
 
+import pickle
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from small_hospital import at, chart, cut_in_half, hospital, stay, write_tables
 
 from clinfuse.conventions import PUBLISHED, SAFE, InputError
-from clinfuse.data.sources import SUFFIXES, TABLES, check_source, connect, open_source
+from clinfuse.data.source_check import check_source
+from clinfuse.data.sources import (
+    EXTRA_TABLES,
+    SUFFIXES,
+    TABLES,
+    Source,
+    connect,
+    open_source,
+    shown_address,
+)
 from clinfuse.data.tasks import mortality_task
+from clinfuse.ward.synthetic_ward import write_ward
 
 
 def refusal(action) -> str:
@@ -117,6 +131,45 @@ def test_check_finds_duplicates_and_turned_times(tmp_path):
         ("hosp/admissions.csv", 5, "dischtime"),
     }
     assert not found.ok and "stands twice" in str(found) and "stands twice" in found._repr_html_()
+
+
+@given(
+    user=st.text("ab%.", min_size=1, max_size=3),
+    password=st.text("xyz@:/?#%", min_size=1, max_size=9),
+)
+def test_no_password_is_shown(user, password):
+    password = f"xyz{password}xyz"
+    address = f"postgres://{user}:{password}@host:5432/ward"
+    assert shown_address(address) == f"postgres://{user}@host:5432/ward"
+    source = Source("mimic-iv", "2.0", Path(), {}, address=address)
+    assert "xyz" not in repr(source) + source.place
+    assert pickle.loads(pickle.dumps(source)) == source
+
+
+def test_procedures_are_known_where_they_are(tmp_path):
+    folder = write_tables(tmp_path, hospital())
+    assert "hosp/procedures_icd" not in open_source(folder).files
+    row = {"subject_id": 1, "hadm_id": 101, "seq_num": 1, "chartdate": "2150-01-02"}
+    row |= {"icd_code": "0BH17EZ", "icd_version": 10}
+    write_tables(folder, {"hosp/procedures_icd": [row]}, ".csv.gz")
+    tables = connect(open_source(folder))
+    rows = tables.fetch(tables.table("hosp/procedures_icd")).to_pylist()
+    assert rows[0].keys() == EXTRA_TABLES["hosp/procedures_icd"].keys()
+    assert rows[0]["icd_code"] == "0BH17EZ"
+
+
+@pytest.mark.parametrize("version, stays", [("1.0", None), ("2.2", 73_181), ("3.1", 94_458)])
+def test_a_part_of_a_release_is_set_beside_its_counts(tmp_path, version, stays):
+    write_ward(tmp_path / "ward", 60, version=version, images=False, quiet=True)
+    (tmp_path / "ward/truth").rename(tmp_path / "truth-elsewhere")
+    found = check_source(open_source(tmp_path / "ward"))
+    counts = found.counts.set_index("what")["published"]
+    assert counts["icu/icustays"] == stays if stays else counts["icu/chartevents"] == 329_499_788
+    steps = found.attrition.set_index("step")
+    if version == "1.0":
+        assert list(steps["published"][-3:]) == ["47,046 subjects", "59,344 stays", "26,226 stays"]
+    assert steps.loc[steps["published"] != "", "reason"].str.contains("part of the release").all()
+    assert found.remarks and found.remarks[0] in str(found)
 
 
 def test_the_demo_is_whole(mimic_demo):
