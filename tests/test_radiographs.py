@@ -1,7 +1,12 @@
-"""Radiographs beyond their pages: damaged files, the window of time, order, the folder layout."""
+"""Radiographs beyond their pages: damaged files, the window of time, order, layouts, interruptions."""
 
 import gzip
 import io
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +17,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clinfuse.conventions import PUBLISHED, SAFE, InputError
-from clinfuse.data.radiographs import (
+from clinfuse.data.radiograph_images import (
     decode_radiograph,
     enhance_contrast,
     fit_square,
-    link_radiographs,
+    read_dicom,
     read_grey,
+    window_grey,
+)
+from clinfuse.data.radiographs import (
+    link_radiographs,
+    read_dicom_headers,
     read_radiograph_metadata,
     write_radiograph_cache,
 )
@@ -130,6 +140,128 @@ def test_progressive_jpeg_is_read(tmp_path):
 def test_contrast_grows_with_the_limit():
     contrast = [enhance_contrast(CHEST, limit).std() for limit in (1.0, 2.0, 4.0)]
     assert CHEST.std() < contrast[0] < contrast[1] < contrast[2]
+
+
+# ---------------------------------------------------------------- DICOM
+
+
+def dicom_bytes(pixels, **tags):
+    pytest.importorskip("pydicom", reason="needs the extra dicom")
+    from pydicom.dataset import Dataset, FileMetaDataset
+
+    image = Dataset()
+    image.file_meta = FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1"
+    image.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
+    image.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    image.Rows, image.Columns = pixels.shape[:2]
+    image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+    image.BitsAllocated = 8 * pixels.itemsize
+    image.BitsStored, image.HighBit = image.BitsAllocated, image.BitsAllocated - 1
+    image.PixelRepresentation = int(pixels.dtype.kind == "i")
+    for name, value in tags.items():
+        setattr(image, name, value)
+    image.PixelData = pixels.tobytes()
+    stream = io.BytesIO()
+    image.save_as(stream, enforce_file_format=True)
+    return stream.getvalue()
+
+
+def naive_window(pixels, slope, intercept, centre, width, is_inverted):
+    grey = []
+    for stored in pixels.ravel().tolist():
+        value = stored * slope + intercept
+        if value <= centre - 0.5 - (width - 1) / 2:
+            shown = 0.0
+        elif value > centre - 0.5 + (width - 1) / 2:
+            shown = 255.0
+        else:
+            shown = ((value - (centre - 0.5)) / (width - 1) + 0.5) * 255
+        grey.append(255 - shown if is_inverted else shown)
+    return np.reshape(grey, pixels.shape)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from(["uint8", "uint16", "int16"]),
+    slope=st.sampled_from([1.0, 0.25, 2.0]),
+    intercept=st.integers(-1000, 1000),
+    centre=st.integers(-500, 3000),
+    width=st.integers(2, 4000),
+    is_inverted=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_dicom_is_windowed_as_the_standard_says(
+    tmp_path_factory, dtype, slope, intercept, centre, width, is_inverted, seed
+):
+    low = -2000 if dtype == "int16" else 0
+    high = 255 if dtype == "uint8" else 4000
+    pixels = np.random.default_rng(seed).integers(low, high, (9, 12)).astype(dtype)
+    tags = {"RescaleSlope": slope, "RescaleIntercept": intercept}
+    tags |= {"WindowCenter": centre, "WindowWidth": width}
+    tags |= {"PhotometricInterpretation": "MONOCHROME1"} if is_inverted else {}
+    path = tmp_path_factory.mktemp("dicom") / "image.dcm"
+    path.write_bytes(dicom_bytes(pixels, **tags))
+    expected = naive_window(pixels, slope, intercept, centre, width, is_inverted)
+    np.testing.assert_allclose(read_dicom(path, size=4).shape, (9 // 2, 12 // 2))
+    np.testing.assert_allclose(read_dicom(path, size=9), expected, atol=0.52)
+
+
+@settings(max_examples=60, deadline=None)
+@given(position=st.floats(0, 0.999), value=st.binary(min_size=1, max_size=12))
+def test_damaged_dicom_gives_an_image_or_an_input_error(tmp_path_factory, position, value):
+    whole = dicom_bytes(CHEST[:40, :40].astype(np.uint16))
+    start = int(position * min(len(whole), 900))
+    path = tmp_path_factory.mktemp("damaged") / "image.dcm"
+    path.write_bytes(whole[:start] + value + whole[start + len(value) :])
+    try:
+        image = decode_radiograph(path, size=32)
+    except InputError as error:
+        assert str(error).startswith(str(path)) and "\n" not in str(error)
+    else:
+        assert image.shape == (32, 32) and image.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    "tags, reason",
+    [
+        ({"NumberOfFrames": 2}, "DICOM of 2 frames"),
+        ({"BitsStored": 32}, "DICOM of 32 bits"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "DICOM of PALETTE COLOR"),
+    ],
+)
+def test_other_kinds_of_dicom_are_refused(tmp_path, tags, reason):
+    path = tmp_path / "other.dcm"
+    path.write_bytes(dicom_bytes(CHEST[:40, :40].astype(np.uint16), **tags))
+    with pytest.raises(InputError, match=rf"other\.dcm: {reason}"):
+        decode_radiograph(path)
+
+
+def test_a_window_of_nothing_is_chosen_from_the_values():
+    values = np.arange(1000).reshape(20, 50)
+    for centre, width in ((None, 100), (100, None), (500, 0)):
+        np.testing.assert_array_equal(window_grey(values, centre, width), window_grey(values))
+
+
+def test_dicom_with_a_table_is_found_by_the_table(ward, tmp_path):
+    metadata = read_radiograph_metadata(ward)
+    (tmp_path / "mimic-cxr-2.1.0-metadata.csv.gz").write_bytes(
+        (ward / "mimic-cxr-2.0.0-metadata.csv.gz").read_bytes()
+    )
+    content = dicom_bytes(CHEST.astype(np.uint16), StudyDate="19000101", StudyTime="0")
+    for jpeg in metadata["path"]:
+        path = tmp_path / Path(jpeg).relative_to(ward).with_suffix(".dcm")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    found = read_radiograph_metadata(tmp_path)
+    pd.testing.assert_frame_equal(found.drop(columns="path"), metadata.drop(columns="path"))
+    assert all(path.endswith(".dcm") and Path(path).is_file() for path in found["path"])
+    links = links_of(found)[:3]
+    cache = write_radiograph_cache(links, tmp_path, quiet=True)
+    assert sorted(cache.rows) == [0, 1, 2] and len(cache.bad) == 0
+    headers = read_dicom_headers(tmp_path)
+    assert set(headers["dicom_id"]) == set(metadata["dicom_id"])
+    assert (headers["study_time"] == pd.Timestamp("1900-01-01")).all()
 
 
 # ---------------------------------------------------------------- link
@@ -321,6 +453,68 @@ def test_a_bad_image_is_as_if_it_were_missing(ward, tmp_path):
     assert sorted(cache.rows[cache.rows >= 0]) == list(range(23))
     for name in ("radiographs.npy", "radiographs_clahe.npy"):
         assert (with_bad / name).read_bytes() == (without / name).read_bytes()
+
+
+PREPARE = """
+import sys
+import pandas as pd
+from clinfuse.data.radiographs import write_radiograph_cache
+links = pd.read_parquet(sys.argv[1])
+write_radiograph_cache(links, sys.argv[2], True, parts=sys.argv[3], part_images=2)
+"""
+
+
+def test_killed_at_any_moment_the_next_run_continues(ward, tmp_path):
+    links = links_of(read_radiograph_metadata(ward))
+    rows = [(f"{row.dicom_id}-{i}", row.path) for row in links.itertuples() for i in range(20)]
+    links = pd.DataFrame(rows, columns=["dicom_id", "path"])
+    links["sample_id"] = [f"s{i:04d}" for i in range(len(links))]
+    for row in links.itertuples():
+        (tmp_path / f"{row.dicom_id}.jpg").write_bytes(Path(row.path).read_bytes())
+    links["path"] = str(tmp_path) + "/" + links["dicom_id"] + ".jpg"
+    links.to_parquet(tmp_path / "links.parquet")
+    parts, folder, calm = tmp_path / "parts", tmp_path / "folder", tmp_path / "calm"
+    folder.mkdir(), calm.mkdir(), parts.mkdir()
+    write_radiograph_cache(links, calm, quiet=True)
+    command = [sys.executable, "-c", PREPARE, str(tmp_path / "links.parquet"), folder, parts]
+    for wanted in (3, 40):
+        process = subprocess.Popen(command)
+        while process.poll() is None and len(list(parts.glob("[!.]*.npz"))) < wanted:
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not list(folder.glob("[!.]*"))
+    done = len(list(parts.glob("[!.]*.npz")))
+    cache = write_radiograph_cache(links, folder, quiet=True, parts=parts, part_images=2)
+    assert cache.num_reused == 2 * done >= 80
+    for name in ("radiographs.npy", "radiographs_clahe.npy"):
+        assert (folder / name).read_bytes() == (calm / name).read_bytes()
+
+
+@settings(max_examples=10, deadline=None)
+@given(part_images=st.integers(1, 30), bad=st.sets(st.integers(0, 23), max_size=5))
+def test_parts_of_any_length_give_the_same_arrays(ward, tmp_path_factory, part_images, bad):
+    links = links_of(read_radiograph_metadata(ward))
+    links.loc[sorted(bad), "path"] += ".missing"
+    one, other = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("other")
+    whole = write_radiograph_cache(links, one, quiet=True, size=16)
+    in_parts = write_radiograph_cache(links, other, quiet=True, size=16, part_images=part_images)
+    pd.testing.assert_series_equal(whole.rows, in_parts.rows)
+    pd.testing.assert_frame_equal(whole.bad, in_parts.bad)
+    assert len(whole.bad) == len(bad) and not (one / "radiograph_parts").exists()
+    assert (one / "radiographs.npy").read_bytes() == (other / "radiographs.npy").read_bytes()
+
+
+def test_a_full_disk_leaves_no_array(ward, tmp_path, monkeypatch):
+    links = links_of(read_radiograph_metadata(ward))
+
+    def full(*arguments, **values):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(InputError, match="could not write"):
+        write_radiograph_cache(links, tmp_path, quiet=True)
+    assert not list(tmp_path.rglob("*.np*"))
 
 
 def test_no_image_at_all_leaves_empty_arrays(tmp_path):
