@@ -17,6 +17,7 @@ from clinfuse.data.challenge_2012 import (
     clean_records,
     read_outcomes,
     read_records,
+    read_stay_lengths,
     record_attributes,
     record_files,
 )
@@ -31,14 +32,15 @@ def record_text(record, rows=(), age=60):
     return HEADER + static + "".join(f"{row}\n" for row in rows)
 
 
-def write_set(folder, texts, letter="a", died=None):
+def write_set(folder, texts, letter="a", died=None, days=5):
     place = folder / f"set-{letter}"
     place.mkdir(parents=True)
     for record, text in texts.items():
         (place / f"{record}.txt").write_bytes(text.encode())
     if died is not None:
-        rows = "".join(f"{record},5,{label}\n" for record, label in died.items())
-        (folder / f"Outcomes-{letter}.txt").write_text("RecordID,SOFA,In-hospital_death\n" + rows)
+        rows = "".join(f"{record},5,{days},{label}\n" for record, label in died.items())
+        header = "RecordID,SOFA,Length_of_stay,In-hospital_death\n"
+        (folder / f"Outcomes-{letter}.txt").write_text(header + rows)
     return folder
 
 
@@ -237,6 +239,42 @@ def test_doubtful_outcomes_are_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         read_outcomes(path)
+
+
+def test_everything_bad_at_once_is_counted(tmp_path):
+    """Only static values, a variable nobody has, impossible values, one minute twice, no outcomes."""
+    bad = ["01:00,HR,900", "01:00,Temp,0", "02:00,Na,140", "02:00,Na,141", "03:00,Mood,3"]
+    folder = write_set(tmp_path, {"7": record_text(7), "8": record_text(8, bad)})
+    task = challenge_task(open_source(folder), SAFE)
+    counts = task.attrition.attrs["counts"]
+    assert counts["records without a measurement"] == 1
+    assert counts["rows by rule"]["impossible value"] == {"HR": 1, "Temp": 1}
+    assert counts["rows by rule"]["unknown variable"] == {"Mood": 1}
+    assert counts["rows by rule"]["measured twice in a minute"] == {"Na": 1}
+    assert set(NAMES) - set(counts["channels never measured"]) == {"Na"}
+    assert task.samples["in_hospital_mortality"].isna().all() and len(task.samples) == 2
+    assert task.series[48 + 1, NAMES.index("Na")] == 141 and np.isfinite(task.series).all()
+
+
+def test_mortality_and_stay_asks_a_day_earlier(tmp_path):
+    rows = ["10:00,HR,80", "24:00,HR,90", "24:01,HR,100", "40:00,Na,150"]
+    write_set(tmp_path, {"7": record_text(7, rows)}, "a", died={7: 1}, days=3)
+    write_set(tmp_path, {"8": record_text(8, rows)}, "b", died={8: 0}, days=-1)
+    write_set(tmp_path, {"9": record_text(9, rows)}, "c")
+    day = challenge_task(open_source(tmp_path), SAFE, task="mortality-and-stay")
+    two = challenge_task(open_source(tmp_path), SAFE)
+    assert day.labels == ["in_hospital_mortality", "length_of_stay_days"]
+    assert day.label_kinds == {"in_hospital_mortality": "binary", "length_of_stay_days": "days"}
+    assert day.samples["length_of_stay_days"].fillna(-9).tolist() == [3, -9, -9]
+    assert day.samples["in_hospital_mortality"].fillna(-9).tolist() == [1, 0, -9]
+    assert day.events["hours"].max() == 24
+    assert np.array_equal(day.series[:24], two.series[:24])
+    assert sum(day.attrition.attrs["counts"]["rows by rule"]["after hour 24"].values()) == 6
+    with pytest.raises(InputError, match="it serves: in-hospital-mortality, mortality-and-stay"):
+        challenge_task(open_source(tmp_path), SAFE, task="decompensation")
+    (tmp_path / "Outcomes-a.txt").write_text("RecordID,In-hospital_death\n7,1\n")
+    with pytest.raises(InputError, match="column 'Length_of_stay' is missing"):
+        read_stay_lengths(tmp_path / "Outcomes-a.txt")
 
 
 def test_descriptors_are_no_channels():
