@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clinfuse.conventions import InputError
-from clinfuse.data.dataset import PreparedData, prepare_folder
+from clinfuse.data.dataset import PreparedData
+from clinfuse.data.preparation import prepare_folder
 from clinfuse.data.sources import open_source
 from clinfuse.systems.batches import DataDescription, invented_patients, label_array, read_batch
 from clinfuse.systems.contract import (

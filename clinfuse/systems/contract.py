@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'System', 'TabularSystem', 'Stage', 'stage_rows', 'known_label_loss', 'NeuralSystem', 'predict_in_batches',
-           'save_tensors', 'load_tensors', 'system_class', 'change_config', 'config_from_plain', 'build_system',
-           'why_not']
+           'save_tensors', 'read_tensors', 'load_tensors', 'system_class', 'change_config', 'config_from_plain',
+           'build_system', 'why_not']
 
 # %% ../../nbs/5_systems/01_contract.ipynb #7b5b9d69
 import importlib
+import json
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -113,8 +115,7 @@ class NeuralSystem(nn.Module, System):
         nn.Module.__init__(self)
         System.__init__(self, config, description)
 
-    def stages(self) -> list[Stage]:
-        "In the order of training; the last one predicts."
+    def stages(self) -> list[Stage]:  # in the order of training; the last one predicts
         raise NotImplementedError
 
     def logits(self, stage: str, batch: Batch) -> Tensor:  # (batch, label)
@@ -126,8 +127,12 @@ class NeuralSystem(nn.Module, System):
         return [self]
 
     def training_loss(self, stage: str, batch: Batch) -> Tensor:  # scalar
-        "What a stage makes small."
+        "What a stage makes small: a mean over the samples, each with its weight."
         return known_label_loss(self.logits(stage, batch), batch.labels, batch.label_mask)
+
+    def sample_weights(self, stage: str, data: PreparedData, rows: np.ndarray) -> np.ndarray:
+        "How much each sample (sample,) counts in `training_loss`: its known labels."
+        return np.isfinite(label_array(data, rows)).sum(axis=1)
 
     def forward(self, batch: Batch) -> Tensor:  # (batch, label) logits
         return self.logits(self.stages()[-1].name, batch)
@@ -165,15 +170,45 @@ def predict_in_batches(
 
 # %% ../../nbs/5_systems/01_contract.ipynb #8e01f072
 def save_tensors(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Any],  # name -> tensor, or what JSON can hold
     path: Path,  # file to write
 ) -> Path:  # the same path
     "Write tensors whole or not at all."
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
-    return partial.replace(path)
+    partial, kept, storages, plain = path.with_name(f".{path.name}.partial"), {}, set(), {}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            plain[name] = value
+            continue
+        kept[name] = value.detach().cpu().contiguous()
+        if (storage := kept[name].untyped_storage().data_ptr()) in storages:
+            kept[name] = kept[name].clone()
+        storages.add(storage)
+    try:
+        save_file(kept, partial, {"plain": json.dumps(plain)} if plain else None)
+        with open(partial, "rb+") as stream:
+            os.fsync(stream.fileno())
+        return partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"could not write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+# %% ../../nbs/5_systems/01_contract.ipynb #bb8036cc
+def read_tensors(
+    path: Path,  # from `save_tensors`
+) -> dict[str, Any]:  # name -> tensor, or what JSON held
+    "Read what was written, without running any of it."
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as stored:
+            plain = json.loads((stored.metadata() or {}).get("plain", "{}"))
+            return plain | {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path}: missing or damaged ({error})") from error
 
 # %% ../../nbs/5_systems/01_contract.ipynb #868ec027
 def load_tensors(
@@ -181,16 +216,11 @@ def load_tensors(
     path: Path,  # file to read
 ) -> None:
     "Read the weights of a module, or say why they do not fit."
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: missing or damaged ({error})") from error
-    wanted = module.state_dict()
+    found, wanted = read_tensors(path), module.state_dict()
     for name in sorted(wanted.keys() | found.keys()):
-        shapes = [tuple(t[name].shape) if name in t else None for t in (found, wanted)]
+        shapes = [
+            tuple(getattr(t[name], "shape", ())) if name in t else None for t in (found, wanted)
+        ]
         if shapes[0] != shapes[1]:
             raise InputError(
                 f"{path} holds weights of another system: {name} has shape {shapes[0]}, "

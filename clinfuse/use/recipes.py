@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..conventions import InputError, new_file, new_folder, protocol_named
-from .results import Evaluation, TrainedRun, prediction_table, reachable_auroc
+from clinfuse.use.results import (
+    Evaluation,
+    LiveHistory,
+    TrainedRun,
+    prediction_table,
+    reachable_auroc,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +74,7 @@ def prepare(
     quiet: bool = False,  # no progress bars
 ) -> "PreparedData":
     "Write a prepared folder for one task."
-    from clinfuse.data.dataset import prepare_folder
+    from clinfuse.data.preparation import prepare_folder
     from clinfuse.data.sources import open_source
 
     return prepare_folder(
@@ -96,27 +102,69 @@ def describe(
 def train(
     system: str,  # robust-fusion, lstm, resnet34, logistic-regression, xgboost
     data: str | Path,  # prepared folder
-    run: str | Path,  # run folder to write; must not exist
+    run: str | Path,  # run folder to write; must not exist, except with --resume
     *,
     recipe: Literal["safe", "published", "quick"] = "safe",  # named set of settings
-    set: dict[str, str] | None = None,  # single settings of the recipe to change
+    set: dict[str, str] | None = None,  # single settings to change, of the recipe or hardware.*
     seed: int = 0,  # of initial weights, order of samples and augmentation
+    resume: bool = False,  # go on with an unfinished run of the same name and settings
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",  # what to run on
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",  # of the numbers in the forward pass
+    tracker: Literal["none", "tensorboard", "trackio"] = "none",  # besides history.csv
     quiet: bool = False,  # no progress bars
 ) -> TrainedRun:
     "Train a system, all stages, and write its run folder."
     from clinfuse.data.dataset import PreparedData
     from clinfuse.systems.contract import build_system
+    from clinfuse.training.checkpoints import open_run, run_request
+
+    start, prepared = time.perf_counter(), PreparedData(data)
+    hardware, changes = _hardware_settings(device, precision, set or {})
+    built = build_system(system, prepared, recipe=recipe, changes=changes, seed=seed)
+    request = run_request(built, prepared, recipe, seed, hardware)
+    with open_run(run, request, resume) as is_finished:
+        if is_finished:
+            return _finished_run(Path(run), system)
+        options = {"hardware": hardware, "resume": resume, "tracker": tracker, "quiet": quiet}
+        history = _train_into(Path(run), built, prepared, recipe, seed, options)
+    return TrainedRun(Path(run), system, history, time.perf_counter() - start)
+
+# %% ../../nbs/8_use/04_recipes.ipynb #59e88958
+def _hardware_settings(device: str, precision: str, changes: dict[str, str]) -> tuple[Any, Any]:
+    from clinfuse.systems.contract import change_config
+    from clinfuse.training.devices import Hardware
+
+    machine = {name: text for name, text in changes.items() if name.startswith("hardware.")}
+    hardware = change_config(
+        Hardware(device, precision),
+        {name.removeprefix("hardware."): text for name, text in machine.items()},
+    )
+    return hardware, {name: text for name, text in changes.items() if name not in machine}
+
+
+def _train_into(
+    run: Path, built: Any, prepared: Any, recipe: str, seed: int, options: dict[str, Any]
+) -> "pd.DataFrame":
     from clinfuse.training.checkpoints import save_run
+    from clinfuse.training.devices import process_number
     from clinfuse.training.loop import train_system
     from clinfuse.use.model_cards import write_card
 
-    start, prepared = time.perf_counter(), PreparedData(data)
-    built = build_system(system, prepared, recipe=recipe, changes=set or {}, seed=seed)
-    with new_folder(run) as folder:
-        history = train_system(built, prepared, folder, seed=seed, quiet=quiet)
-        save_run(built, folder, prepared, recipe=recipe, seed=seed, history=history)
-        write_card(folder, prepared.manifest)
-    return TrainedRun(Path(run), system, history, time.perf_counter() - start)
+    tracker = None if options["tracker"] == "none" else options["tracker"]
+    live = None if options["quiet"] else LiveHistory.if_in_notebook()
+    options |= {"tracker": tracker, "on_epoch": live}
+    history = train_system(built, prepared, run, seed=seed, **options)
+    if process_number()[0] == 0:
+        save_run(built, run, prepared, recipe=recipe, seed=seed, history=history)
+        write_card(run, prepared.manifest)
+    return history
+
+
+def _finished_run(run: Path, system: str) -> TrainedRun:
+    import pandas as pd
+
+    history = pd.read_csv(run / "history.csv")
+    return TrainedRun(run, system, history, float(history["seconds"].sum()))
 
 # %% ../../nbs/8_use/04_recipes.ipynb #20b454f6
 def evaluate(
