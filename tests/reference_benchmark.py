@@ -1,4 +1,4 @@
-"""The published benchmark's mortality series, written out slowly: loops and dictionaries, its defects included.
+"""The published benchmark's four tasks, written out slowly: loops and dictionaries, its defects included.
 
 The oracle of `test_published_protocol.py`. It shares no line with the package, and its only aim is to be read against the
 recipe: mimic3-benchmarks (Harutyunyan and others, 2019, https://doi.org/10.1038/s41597-019-0103-9) as MedFuse (Hayat and
@@ -9,6 +9,7 @@ import csv
 import gzip
 import re
 from datetime import datetime
+from functools import lru_cache
 
 import numpy as np
 
@@ -138,6 +139,7 @@ def read_cohort(folder):
             "outtime": time_of(stay["outtime"]),
             "los_hours": float(stay["los"]) * 24 if stay["los"] else None,
             "died": died_in_hospital(admissions[hadm_id], patient),
+            "deathtime": time_of(admissions[hadm_id]["deathtime"]),
         }
     return cohort
 
@@ -220,17 +222,25 @@ def largest_at_each_time(events):
     return values, stays
 
 
+@lru_cache(maxsize=1)
+def read_hospital(folder):
+    """The cohort, and subject -> values and stays at each time."""
+    cohort = read_cohort(folder)
+    events = read_events(folder, cohort)
+    return cohort, {subject: largest_at_each_time(rows) for subject, rows in events.items()}
+
+
 # Steps 5 and 6: the events of one stay
 
 
-def events_of_stay(stay, values, stays):
-    """List of (hours, variable, value), oldest first, up to the prediction time."""
+def events_of_stay(stay, values, stays, end_hours=END_HOURS):
+    """List of (hours, variable, value), oldest first, up to the end of the window."""
     mine = []
     for (time, variable), value in values.items():
         during = stay["outtime"] is not None and stay["intime"] <= time <= stay["outtime"]
         if stay["stay_id"] in stays[time] or during:
             hours = hours_between(stay["intime"], time)
-            if -EPSILON < hours < END_HOURS + EPSILON:
+            if -EPSILON < hours < end_hours + EPSILON:
                 mine.append((hours, variable, value))
     return sorted(mine, key=lambda event: event[0])
 
@@ -238,9 +248,9 @@ def events_of_stay(stay, values, stays):
 # Steps 7 to 9: bins, imputation, columns
 
 
-def last_value_in_each_bin(events, timestep_hours):
+def last_value_in_each_bin(events, timestep_hours, end_hours=END_HOURS):
     """One dictionary a bin: variable -> value."""
-    num_bins = int(END_HOURS / timestep_hours + 1 - EPSILON)
+    num_bins = int(end_hours / timestep_hours + 1 - EPSILON)
     bins = [{} for _ in range(num_bins)]
     for hours, variable, value in events:
         bins[int(hours / timestep_hours - EPSILON)][variable] = value
@@ -272,9 +282,7 @@ def series_of(bins):
 
 def reference_mortality(folder, timestep_hours):
     """stay_id -> (float32 series (bin, 76), 1 where the patient died in hospital)."""
-    cohort = read_cohort(folder)
-    events = read_events(folder, cohort)
-    by_subject = {subject: largest_at_each_time(rows) for subject, rows in events.items()}
+    cohort, by_subject = read_hospital(folder)
     samples = {}
     for stay in cohort.values():
         if stay["los_hours"] is None or stay["los_hours"] < END_HOURS - EPSILON:
@@ -284,3 +292,96 @@ def reference_mortality(folder, timestep_hours):
             series = series_of(last_value_in_each_bin(mine, timestep_hours))
             samples[int(stay["stay_id"])] = (series, int(stay["died"]))
     return samples
+
+
+# Phenotyping: the whole stay, and the groups of the codes
+
+PHENOTYPE_OF_CODE = {  # a few codes in the benchmark's list; whatever the version; None: in no group
+    "I10": "Essential hypertension",
+    "4019": "Essential hypertension",
+    "J9601": None,
+    "I4891": "Cardiac dysrhythmias",
+    "I480": None,
+    "42731": "Cardiac dysrhythmias",
+    "E892": None,
+    "N179": "Acute and unspecified renal failure",
+    "5849": "Acute and unspecified renal failure",
+    "R6520": "Septicemia (except in labor)",
+    "R6521": "Shock",
+    "78552": "Shock",
+    "E8720": None,
+    "Z9999": None,
+}
+
+
+def codes_of_admissions(folder):
+    """hadm_id -> set of codes that have a title, whatever their versions."""
+    titled = {row["icd_code"] for row in read_table(folder, "d_icd_diagnoses")}
+    codes = {}
+    for row in read_table(folder, "diagnoses_icd"):
+        if row["icd_code"] in titled:
+            codes.setdefault(row["hadm_id"], set()).add(row["icd_code"])
+    return codes
+
+
+def reference_phenotyping(folder, timestep_hours, group_of_code=PHENOTYPE_OF_CODE):
+    """stay_id -> (float32 series (bin, 76), set of the names of the groups)."""
+    cohort, by_subject = read_hospital(folder)
+    codes = codes_of_admissions(folder)
+    samples = {}
+    for hadm_id, stay in cohort.items():
+        if stay["los_hours"] is None:
+            continue
+        end_hours = float(f"{stay['los_hours']:.6f}")  # as printed in the list file
+        mine = events_of_stay(stay, *by_subject.get(stay["subject_id"], ({}, {})), end_hours)
+        if mine:
+            series = series_of(last_value_in_each_bin(mine, timestep_hours, end_hours))
+            groups = {group_of_code.get(code) for code in codes.get(hadm_id, ())} - {None}
+            samples[int(stay["stay_id"])] = (series, groups)
+    return samples
+
+
+# Length of stay and decompensation: every hour
+
+
+def hours_asked(stay, events, task):
+    """The sample times of one stay, in hours since its beginning."""
+    end = stay["los_hours"]
+    if task == "decompensation" and stay["deathtime"] is not None:
+        end = min(end, hours_between(stay["intime"], stay["deathtime"]))
+    times, time = [], 0
+    while time < end + EPSILON:
+        if time > 4 and time > events[0][0]:
+            times.append(time)
+        time += 1
+    return times
+
+
+def hourly_label(stay, time, task):
+    if task == "length-of-stay":
+        return float(f"{stay['los_hours'] - time:.6f}")
+    if not stay["died"] or stay["deathtime"] is None:
+        return 0
+    return int(hours_between(stay["intime"], stay["deathtime"]) - time < 24)
+
+
+def reference_hourly(folder, task):
+    """stay_id -> (events of the stay, {hour -> label})."""
+    cohort, by_subject = read_hospital(folder)
+    samples = {}
+    for stay in cohort.values():
+        if stay["los_hours"] is None:
+            continue
+        whole = by_subject.get(stay["subject_id"], ({}, {}))
+        mine = events_of_stay(stay, *whole, stay["los_hours"])
+        times = hours_asked(stay, mine, task) if mine else []
+        if times:
+            labels = {time: hourly_label(stay, time, task) for time in times}
+            samples[int(stay["stay_id"])] = (mine, labels)
+    return samples
+
+
+def hourly_series(events, time, timestep_hours):
+    """float32 series (bin, 76) of what was measured up to an hour."""
+    past = [event for event in events if event[0] <= time + EPSILON]
+    return series_of(last_value_in_each_bin(past, timestep_hours, time))

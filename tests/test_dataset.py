@@ -1,8 +1,6 @@
 """The prepared folder: whole or absent, the same bytes, and read back as it was written."""
 
-import json
 import pickle
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,16 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clinfuse.data.dataset as dataset
-from clinfuse.conventions import PUBLISHED, SAFE, InputError
+from clinfuse.conventions import SAFE, InputError
 from clinfuse.data.dataset import (
     PreparedData,
     describe,
-    file_checksum,
     fit_normaliser,
-    prepare_folder,
     write_prepared,
 )
-from clinfuse.data.sources import open_source
 from clinfuse.data.splits import SPLITS
 from clinfuse.data.tasks import TaskData
 
@@ -188,7 +183,7 @@ def test_no_radiographs_is_an_empty_array(tmp_path):
     assert data.radiograph_array(clahe=True).shape == (0, 256, 256)
 
 
-@pytest.mark.parametrize("broken", ["_write_tables", "_write_manifest"])
+@pytest.mark.parametrize("broken", ["_write_tables", "fit_normaliser", "write_contents"])
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("x")]
 )
@@ -200,17 +195,6 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, broken, erro
     with pytest.raises(InputError if isinstance(error, OSError) else type(error)):
         write_prepared(tmp_path / "x", None, made_up_task([2]), SAFE, splits_of(1))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_output_that_exists_is_refused_before_any_work(tmp_path, monkeypatch):
-    out = tmp_path / "x"
-    out.mkdir()
-    (out / "precious").write_text("kept")
-    write_challenge(tmp_path / "source")
-    monkeypatch.setattr(dataset, "_TASK_OF_KIND", {})
-    with pytest.raises(InputError, match="exists already"):
-        prepare_folder(open_source(tmp_path / "source"), out, quiet=True)
-    assert (out / "precious").read_text() == "kept"
 
 
 @pytest.mark.parametrize(
@@ -243,141 +227,3 @@ def test_missing_and_damaged_parts_are_named(tmp_path, name):
             data = PreparedData(out)
             data.events("s0000")
             data.normalised_series("s0000")
-
-
-def write_challenge(folder, num=20, seed=0, letter="a", outcomes=True):
-    rng = np.random.default_rng(seed)
-    (folder / f"set-{letter}").mkdir(parents=True)
-    for record in range(100, 100 + num):
-        rows = [
-            f"{m // 60:02d}:{m % 60:02d},HR,{rng.integers(50, 140)}"
-            for m in sorted(rng.integers(0, 2880, 30))
-        ]
-        text = "\n".join(
-            ["Time,Parameter,Value", f"00:00,RecordID,{record}", "00:00,Age,50", *rows]
-        )
-        (folder / f"set-{letter}" / f"{record}.txt").write_text(text)
-    if outcomes:
-        table = "".join(f"{record},{record % 2}\n" for record in range(100, 100 + num))
-        (folder / f"Outcomes-{letter}.txt").write_text("RecordID,In-hospital_death\n" + table)
-    return folder
-
-
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def test_the_same_inputs_elsewhere_give_the_same_bytes(tmp_path):
-    for name in ("one", "another/place"):
-        source = open_source(write_challenge(tmp_path / name))
-        prepare_folder(source, tmp_path / name / "out", protocol=PUBLISHED, seed=3, quiet=True)
-    one, other = (contents(tmp_path / name / "out") for name in ("one", "another/place"))
-    assert one == other
-    assert str(tmp_path) not in one["manifest.json"].decode()
-
-
-def test_a_changed_source_changes_its_checksum(tmp_path):
-    folder = write_challenge(tmp_path / "a")
-    before = file_checksum(folder / "set-a")
-    (folder / "set-a" / "100.txt").write_text("Time,Parameter,Value\n00:00,Age,51\n")
-    assert file_checksum(folder / "set-a") != before
-
-
-def test_manifest_tells_how_the_folder_came_about(tmp_path):
-    folder = write_challenge(tmp_path / "a")
-    lists = tmp_path / "lists.csv"
-    lists.write_text(
-        "subject_id,split\n" + "".join(f"{i},{SPLITS[i % 3]}\n" for i in range(100, 120))
-    )
-    data = prepare_folder(
-        open_source(folder), tmp_path / "x", timestep_hours=2, splits=lists, quiet=True
-    )
-    manifest = json.loads((tmp_path / "x" / "manifest.json").read_text())
-    assert manifest["source"]["files"]["outcomes-a"] == {
-        "file": "Outcomes-a.txt",
-        **file_checksum(folder / "Outcomes-a.txt"),
-    }
-    assert (manifest["timestep_hours"], manifest["seed"]) == (2.0, None)
-    assert manifest["splits_file"] == file_checksum(lists)
-    assert data.samples["series_length"].tolist() == [24] * 20
-    assert [SPLITS[i % 3] for i in range(100, 120)] == data.samples["split"].tolist()
-    assert manifest["columns"] == data.channels and len(manifest["channels"]) == 37
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"task": "phenotyping"}, "in-hospital-mortality"),
-        ({"task": "love"}, "unknown task 'love'"),
-        ({"timestep_hours": 0}, "timestep_hours"),
-        ({"timestep_hours": 49}, "timestep_hours"),
-        ({"splits": "nowhere.csv"}, "nowhere.csv does not exist"),
-    ],
-)
-def test_wrong_requests_leave_nothing(tmp_path, options, message):
-    source = open_source(write_challenge(tmp_path / "a"))
-    with pytest.raises(InputError, match=message):
-        prepare_folder(source, tmp_path / "out" / "x", quiet=True, **options)
-    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
-
-
-def test_set_a(challenge_2012, tmp_path):
-    data = prepare_folder(open_source(challenge_2012), tmp_path / "x", quiet=True)
-    assert (len(data.samples), data.series_array.shape) == (4_000, (192_000, 74))
-    described = describe(data)
-    assert described.prevalence["positive"].sum() == 554
-    assert described.missingness["empty steps"].between(0, 1).all()
-    sample = data.samples["sample_id"].iloc[7]
-    events, series = data.events(sample), data.series(sample)
-    hours = events.loc[events["channel"] == "HR", "hours"]
-    measured = series[:, data.channels.index("mask->HR")]
-    assert set(np.flatnonzero(measured)) == {max(0, int(hour - 1e-6)) for hour in hours}
-
-
-@pytest.fixture(scope="module")
-def ward(tmp_path_factory):
-    from clinfuse.ward.synthetic_ward import write_ward
-
-    folder = tmp_path_factory.mktemp("ward") / "ward"
-    write_ward(folder, num_stays=60, seed=2, quiet=True)
-    return folder
-
-
-def test_bad_radiographs_are_named_and_count_as_none(ward, tmp_path):
-    whole = prepare_folder(open_source(ward), tmp_path / "whole", quiet=True)
-    folder = shutil.copytree(ward, tmp_path / "ward")
-    for file in sorted((folder / "mimic-cxr-jpg").rglob("*.jpg"))[::2]:
-        file.write_bytes(file.read_bytes()[:500])
-    data = prepare_folder(open_source(folder), tmp_path / "x", quiet=True)
-    bad = data.manifest["radiographs"]["bad"]
-    images = [len(part.radiograph_array()) for part in (data, whole)]
-    assert bad and images[0] + len(bad) == images[1]
-    assert all(item["path"].startswith("files/p10/") and item["reason"] for item in bad)
-    assert f"({len(bad)} unreadable)" in repr(data)
-    assert np.array_equal(data.series_array, whole.series_array)
-    for sample in data.samples.loc[data.samples["radiograph"] >= 0, "sample_id"]:
-        assert np.array_equal(data.radiograph(sample), whole.radiograph(sample))
-
-
-def test_ward_twice_gives_the_same_bytes(ward, tmp_path):
-    for name in ("one", "two"):
-        prepare_folder(open_source(ward), tmp_path / name, protocol=PUBLISHED, quiet=True)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-
-
-def test_every_event_of_a_safe_ward_was_known_in_time(ward, tmp_path):
-    data = prepare_folder(open_source(ward), tmp_path / "x", quiet=True)
-    assert (
-        data.events_table["hours"].max() <= 48 and data.events_table["available_hours"].max() <= 48
-    )
-    assert (data.events_table["available_hours"] >= data.events_table["hours"]).all()
-    assert data.events_table["sample_id"].cat.codes.is_monotonic_increasing
-
-
-def test_mimic_demo(mimic_demo, tmp_path):
-    data = prepare_folder(open_source(mimic_demo), tmp_path / "x", quiet=True)
-    assert data.series_array.shape == (48 * len(data.samples), 76)
-    assert data.manifest["source"]["files"]["icu/chartevents"]["bytes"] > 1_000_000
-    assert set(data.manifest["texts"]) == {"titles", "radiology", "codes_without_title"}
-    split_of = data.samples.groupby("subject_id")["split"].nunique()
-    assert split_of.max() == 1

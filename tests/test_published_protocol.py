@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference_benchmark import ITEMS, SPELLINGS, VARIABLE_OF_ITEM, reference_mortality
+from reference_benchmark import (
+    ITEMS,
+    PHENOTYPE_OF_CODE,
+    SPELLINGS,
+    VARIABLE_OF_ITEM,
+    reference_mortality,
+)
 
 from clinfuse.conventions import PUBLISHED, InputError
 from clinfuse.data.sources import open_source
@@ -48,7 +54,10 @@ def write_hospital(folder, tables, version="2.2", opener=open, suffix=".csv"):
     """Write a MIMIC-IV folder from table name -> list of dictionaries; columns left out are empty."""
     common = {
         "hosp/d_icd_diagnoses": [
-            {"icd_code": "I10", "icd_version": "10", "long_title": "Hypertension"}
+            {"icd_code": code, "icd_version": version, "long_title": code}
+            for code in PHENOTYPE_OF_CODE
+            if code != "Z9999"  # coded, but without a title
+            for version in (["9", "10"] if code == "E892" else ["10" if code[0].isalpha() else "9"])
         ],
         "icu/d_items": [
             {"itemid": item, "label": variable, "linksto": "chartevents"}
@@ -448,7 +457,11 @@ def random_hospital(seed, num_patients, num_events):
             tables["hosp/admissions"].append(random_admission(chance, mine))
             diagnosis = {"subject_id": subject, "hadm_id": admission, "seq_num": 1}
             if chance.random() < 0.85:
-                tables["hosp/diagnoses_icd"] += [diagnosis | {"icd_code": "I10", "icd_version": 10}]
+                for code in chance.sample(list(PHENOTYPE_OF_CODE), 3):
+                    version = 10 if code[0].isalpha() and chance.random() < 0.9 else 9
+                    tables["hosp/diagnoses_icd"] += [
+                        diagnosis | {"icd_code": code, "icd_version": version}
+                    ]
         moments = chance.sample(SECONDS_OF_INTEREST, 10)
         moments += [chance.randint(-7200, 280_000) for _ in range(8)]
         for number in range(num_events):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPELLINGS', 'QUANTITIES', 'MIMIC_CHANNELS', 'ITEMS', 'OVERLOOKED_ITEMS', 'BODY_FLUIDS', 'ITEM_UNITS', 'CAREVUE_ITEMS',
            'CAPILLARY_TEXTS', 'TEXT_CHANNELS', 'Channel', 'mimic_channels', 'column_names', 'continuous_columns',
-           'channel_items', 'item_table', 'category_table', 'charted_rows', 'numeric_text', 'places',
+           'all_items', 'channel_items', 'item_table', 'category_table', 'charted_rows', 'numeric_text', 'places',
            'published_values', 'safe_values']
 
 # %% ../../nbs/1_data/06_channels.ipynb #83059ae1
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..conventions import CONVERSIONS, SAFE, Protocol
+from ..conventions import CONVERSIONS, PROTOCOLS, SAFE, Protocol
 from .sources import MimicTables
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def continuous_columns(
     names = column_names(channels)
     return [names.index(channel.name) for channel in channels if channel.kind == "continuous"]
 
-# %% ../../nbs/1_data/06_channels.ipynb #5e52965f
+# %% ../../nbs/1_data/06_channels.ipynb #68c32914
 ITEMS = {  # channel -> its items in MIMIC-IV as the benchmark maps them
     "Diastolic blood pressure": (220051, 220180, 224643, 225310),
     "Fraction inspired oxygen": (223835,),
@@ -159,6 +159,11 @@ OVERLOOKED_ITEMS = {  # of the same quantities, left blank in the benchmark's ma
 }
 BODY_FLUIDS = {51478: "urine", 51094: "urine", 51491: "urine", 50831: "other body fluid"}
 ITEM_UNITS = {226707: "inch", 223761: "degree Fahrenheit", 226531: "pound"}
+
+
+def all_items() -> list[int]:  # item ids, ascending
+    "The items that any protocol and any task reads: what is kept of the large tables."
+    return sorted({item for protocol in PROTOCOLS.values() for item in channel_items(protocol)})
 
 # %% ../../nbs/1_data/06_channels.ipynb #3e1d2231
 CAREVUE_ITEMS = {  # those of MIMIC-III, mapped by the benchmark and absent from MIMIC-IV

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TOLERANCE_HOURS', 'count_bins', 'Cells', 'last_in_bin', 'carry_forward', 'series_from_cells', 'Events',
            'with_seconds', 'published_rows', 'safe_rows', 'merge_simultaneous', 'event_scores', 'with_glasgow_totals',
-           'sample_slices', 'window_events']
+           'event_blocks', 'join_blocks']
 
 # %% ../../nbs/1_data/07_windows.ipynb #13f97886
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -29,11 +29,12 @@ from clinfuse.data.channels import (
     published_values,
     safe_values,
 )
-from .sources import MimicTables
+from .sources import MimicTables, input_errors
 
 if TYPE_CHECKING:
     import ibis
     import pandas as pd
+    import pyarrow as pa
 
 # %% ../../nbs/1_data/07_windows.ipynb #46181565
 TOLERANCE_HOURS = 1e-6  # of the benchmark, in every comparison of times
@@ -249,53 +250,65 @@ def with_glasgow_totals(
     )
     return both.take(np.lexsort((both.channel, both.hours, both.sample)))
 
-# %% ../../nbs/1_data/07_windows.ipynb #9f5e0c3a
-def sample_slices(
-    sample: np.ndarray,  # (event,) positions of samples, ascending
-    size: int = 4096,  # samples a slice; bounds the memory of whatever is done with it
-) -> list[tuple[int, slice]]:  # the first sample of every slice, and its events
-    "Cut sorted events into runs of whole samples."
-    firsts = np.arange(0, sample[-1] + 1 if len(sample) else 0, size)
-    borders = np.append(np.searchsorted(sample, firsts), len(sample))
-    return [(int(first), slice(*borders[i : i + 2])) for i, first in enumerate(firsts)]
-
-
-def _joined(blocks: list[Events]) -> Events:
-    columns = [[getattr(block, field.name) for block in blocks] for field in fields(Events)]
-    blocks.clear()
-    kinds = ("int32", "int8", "float64", "float64", "float64")
-    return Events(
-        *(
-            np.concatenate([np.empty(0, kind), *columns.pop(0)]).astype(kind, copy=False)
-            for kind in kinds
-        )
-    )
-
-# %% ../../nbs/1_data/07_windows.ipynb #512e6717
-def window_events(
+# %% ../../nbs/1_data/07_windows.ipynb #8f07caef
+def event_blocks(
     tables: MimicTables,
     windows: "pd.DataFrame",  # sample, subject_id, stay_id, intime, outtime, end_hours of the samples
     cohort: "pd.DataFrame",  # hadm_id and stay_id of every stay that the cohort admits
     protocol: Protocol,
-) -> Events:
-    "The cleaned events of every sample, one value of a channel at a time."
+    merge: Callable[[Events], Events] | None = None,  # of simultaneous values; None: one a time
+    rows_at_once: int = 250_000,  # handed over by the engine; bounds the memory of a block
+) -> Iterator[tuple[int, int, Events]]:  # first sample, past the last sample, their events
+    "The cleaned events of every sample, some samples at a time."
     if protocol.mends_values:
         rows = safe_rows(tables, windows, protocol)
     else:
         rows = published_rows(tables, windows, cohort, protocol)
     columns = ["sample", "channel", "seconds", "available", "number"]
     order = columns if protocol.mends_values else ["sample", "seconds", "channel"]
-    small = {"sample": "int32", "channel": "int8", "seconds": "int32"}
-    rows = rows.filter(rows.number.notnull()).cast(small)
-    table = tables.fetch(rows.select(columns).order_by(order))
-    sample, channel, seconds, available, number = (table[name].to_numpy() for name in columns)
-    del table
-    blocks = []
-    for _, part in sample_slices(sample):
-        times = seconds[part] / 60 / 60, available[part] / 60 / 60
-        events = Events(sample[part], channel[part], *times, number[part])
-        blocks.append(
-            with_glasgow_totals(merge_simultaneous(events)) if protocol.mends_values else events
-        )
-    del sample, channel, seconds, available, number
-    return _joined(blocks)
+    small = {"sample": "int32", "channel": "int8", "seconds": "int32", "available": "int64"}
+    rows = rows.filter(rows.number.notnull()).cast(small).select(columns).order_by(order)
+    if merge is None and protocol.mends_values:
+        merge = _one_value_a_time
+    start, waiting = 0, [[np.empty(0, kind) for kind in ("i4", "i1", "i4", "i8", "f8")]]
+    for batch in _batches(tables, rows, rows_at_once):
+        waiting.append([batch.column(name).to_numpy(zero_copy_only=False) for name in columns])
+        border = int(waiting[-1][0][-1])  # whose last row may still be to come
+        if border > start:
+            arrays = [np.concatenate(parts) for parts in zip(*waiting)]
+            cut = np.searchsorted(arrays[0], border)
+            yield start, border, _events([array[:cut] for array in arrays], merge)
+            waiting, start = [[array[cut:] for array in arrays]], border
+    arrays = [np.concatenate(parts) for parts in zip(*waiting)]
+    yield start, len(windows), _events(arrays, merge)
+
+# %% ../../nbs/1_data/07_windows.ipynb #e890d96c
+def _batches(
+    tables: MimicTables, rows: "ibis.Table", rows_at_once: int
+) -> "Iterator[pa.RecordBatch]":
+    tables.fetch(rows.limit(0))  # makes the small tables in memory known to the engine
+    with input_errors():
+        asked = tables.engine.con.sql(tables.engine.compile(rows))
+        for batch in asked.to_arrow_reader(rows_at_once):
+            if batch.num_rows:
+                yield batch
+
+
+def _one_value_a_time(events: Events) -> Events:
+    return with_glasgow_totals(merge_simultaneous(events))
+
+
+def _events(arrays: list[np.ndarray], merge: Callable[[Events], Events] | None) -> Events:
+    sample, channel, seconds, available, number = arrays
+    events = Events(sample, channel, seconds / 60 / 60, available / 60 / 60, number)
+    return merge(events) if merge else events
+
+
+def join_blocks(
+    blocks: Iterable[tuple[int, int, Events]],  # from `event_blocks`
+) -> Events:  # of all samples
+    "Put the blocks of few samples together, where memory is no question."
+    kinds = ("int32", "int8", "float64", "float64", "float64")
+    parts = [[getattr(events, f.name) for f in fields(Events)] for _, _, events in blocks]
+    joined = [np.concatenate(column) for column in zip(*parts)]
+    return Events(*(array.astype(kind, copy=False) for array, kind in zip(joined, kinds)))
