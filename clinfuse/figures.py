@@ -28,6 +28,9 @@ COLOURS = {
 # %% ../nbs/02_figures.ipynb #d57931c5
 SYSTEM_COLOURS = {
     "robust-fusion": COLOURS["fused"],
+    "medfuse": "#E69F00",
+    "contrastive-fusion": "#CC79A7",
+    "card": "#882255",
     "lstm": COLOURS["series"],
     "resnet34": COLOURS["radiograph"],
     "logistic-regression": "#56B4E9",

@@ -183,6 +183,7 @@ def write_contents(
         "continuous": [int(column) for column in task_data.continuous],
         "channels": task_data.channels,
         "constant_columns": state["constant"],
+        "constant_labels": [name for name in task_data.labels if samples[name].nunique() == 1],
         "attrition": json.loads(attrition.to_json(orient="records")),
         "counts": attrition.attrs.get("counts", {}),
     }

@@ -200,7 +200,7 @@ def _manifest(
 
 # %% ../../nbs/1_data/09_radiograph_labels.ipynb #04a87e1d
 def prepare_radiograph_labels(
-    radiographs: str | Path,  # root of MIMIC-CXR-JPG (or of MIMIC-CXR, with the table of findings)
+    radiographs: str | Path | None,  # root of MIMIC-CXR-JPG, or of MIMIC-CXR with the findings
     prepared: Any,  # whose patients are held out: see `patient_splits`
     out: str | Path,  # prepared folder to write; must not exist
     protocol: Protocol = SAFE,  # what is made of findings that are uncertain or not mentioned
@@ -208,6 +208,11 @@ def prepare_radiograph_labels(
     quiet: bool = False,  # no progress bar
 ) -> Path:  # the folder, for `PreparedData`
     "Write the folder on which an image encoder learns the findings of the chest."
+    if radiographs is None or prepared is None:
+        lacking = (
+            "radiographs" if radiographs is None else "a prepared folder, whose split it keeps"
+        )
+        raise InputError(f"chest-findings needs {lacking}")
     out, root = Path(out).absolute(), Path(radiographs)
     working = out.with_name(f".{out.name}.radiographs")
     if out.exists():

@@ -220,7 +220,16 @@ def _shown(source: Source, file: Path) -> str:
     inside = [folder for folder in folders if folder and file.is_relative_to(folder)]
     return file.relative_to(inside[0]).as_posix() if inside else str(file)
 
-# %% ../../nbs/1_data/01_sources.ipynb #47d43a6d
+# %% ../../nbs/1_data/01_sources.ipynb #f1d4fcbd
+def _own_files(folder: Path) -> dict[str, Path]:
+    "The tables of a hospital's own export: stays, events, channels, and what else there is."
+    found = {}
+    for name in ("stays", "events", "channels", "texts", "radiographs"):
+        places = (folder / f"{name}{suffix}" for suffix in SUFFIXES)
+        found[name] = next((file for file in places if file.is_file()), None)
+    return {name: file for name, file in found.items() if file}
+
+
 def _open_folder(path: Path, radiographs: Path | None, notes: Path | None) -> Source:
     for given in (each for each in (path, radiographs, notes) if each):
         if not given.is_dir():
@@ -240,10 +249,13 @@ def _open_folder(path: Path, radiographs: Path | None, notes: Path | None) -> So
     sets = ", ".join(name for name in files if name.startswith("set-"))
     if sets:
         return Source("physionet-2012", sets, path, files, images, texts)
+    files = _own_files(path)
+    if {"stays", "events", "channels"} <= set(files):
+        return Source("own", "", path, files)
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8])
     raise InputError(
-        f"{path}: unknown layout; expected the folders hosp and icu of MIMIC-IV, or set-a of the "
-        f"PhysioNet Challenge 2012; found: {found}"
+        f"{path}: unknown layout; expected the folders hosp and icu of MIMIC-IV, set-a of the "
+        f"PhysioNet Challenge 2012, or a hospital's own stays, events and channels; found: {found}"
     )
 
 # %% ../../nbs/1_data/01_sources.ipynb #80e97b3d

@@ -23,14 +23,22 @@ from torch import Tensor, nn
 
 from ..conventions import InputError
 from ..data.dataset import PreparedData
-from .batches import MODALITIES, Batch, DataDescription, label_array, read_batch
+from clinfuse.systems.batches import (
+    MODALITIES,
+    Batch,
+    DataDescription,
+    batches_by_length,
+    label_array,
+    read_batch,
+    sample_arrays,
+)
 
 # %% ../../nbs/5_systems/01_contract.ipynb #8ffffca3
 class System:
     "Something that gives every sample a probability for every label."
 
     name: ClassVar[str]
-    tasks: ClassVar[tuple[str, ...]] = ("in-hospital-mortality", "phenotyping")
+    tasks: ClassVar[tuple[str, ...]] = ("in-hospital-mortality", "phenotyping", "decompensation")
     needs: ClassVar[tuple[str, ...]] = ("series",)
     recipes: ClassVar[Mapping[str, Any]]  # name -> frozen dataclass
 
@@ -109,21 +117,18 @@ def known_label_loss(
 class NeuralSystem(nn.Module, System):
     "A system that learns by gradient descent, in stages."
 
-    clahe: bool = False  # read radiographs with contrast equalised
-
     def __init__(self, config: Any, description: DataDescription):
         nn.Module.__init__(self)
         System.__init__(self, config, description)
+        self.clahe = False  # read radiographs with contrast equalised
 
     def stages(self) -> list[Stage]:  # in the order of training; the last one predicts
         raise NotImplementedError
 
-    def logits(self, stage: str, batch: Batch) -> Tensor:  # (batch, label)
-        "What the head of a stage says."
+    def logits(self, stage: str, batch: Batch) -> Tensor:  # (batch, label), of the stage's head
         raise NotImplementedError
 
-    def stage_modules(self, stage: str) -> Sequence[nn.Module]:
-        "What a stage trains; everything else is left as it is."
+    def stage_modules(self, stage: str) -> Sequence[nn.Module]:  # what it trains; the rest stays
         return [self]
 
     def training_loss(self, stage: str, batch: Batch) -> Tensor:  # scalar
@@ -133,6 +138,9 @@ class NeuralSystem(nn.Module, System):
     def sample_weights(self, stage: str, data: PreparedData, rows: np.ndarray) -> np.ndarray:
         "How much each sample (sample,) counts in `training_loss`: its known labels."
         return np.isfinite(label_array(data, rows)).sum(axis=1)
+
+    def finish_stage(self, stage: str, data: PreparedData) -> None:
+        "What is left to do once a stage has its best weights."
 
     def forward(self, batch: Batch) -> Tensor:  # (batch, label) logits
         return self.logits(self.stages()[-1].name, batch)
@@ -153,20 +161,20 @@ def predict_in_batches(
     data: PreparedData,
     rows: np.ndarray,  # (sample,) positions in `data.samples`
     stage: Stage | None = None,  # whose head answers; None: the last one, which predicts
-    batch_size: int = 64,  # samples at a time; changes speed and memory, not the result
+    batch_size: int = 128,  # samples at a time; changes speed and memory, not the result
 ) -> np.ndarray:  # float64 (sample, label) probabilities
-    "Let a neural system predict, a few samples at a time."
-    stage = stage or system.stages()[-1]
+    "Let a neural system predict, samples of like length at a time."
+    stage, rows = stage or system.stages()[-1], np.asarray(rows, dtype=np.int64)
     was_training, device = system.training, next(system.parameters()).device
-    parts = [np.zeros((0, len(system.description.labels)))]
+    predicted = np.zeros((len(rows), len(system.description.labels)))
     system.eval()
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
+    for places in batches_by_length(sample_arrays(data).length[rows], batch_size):
+        part = rows[places]
         batch = read_batch(data, part, system.description, stage.modalities, system.clahe)
         logits = system.logits(stage.name, batch.to(device))
-        parts.append(logits.double().sigmoid().cpu().numpy())
+        predicted[places] = logits.double().sigmoid().cpu().numpy()
     system.train(was_training)
-    return np.concatenate(parts)
+    return predicted
 
 # %% ../../nbs/5_systems/01_contract.ipynb #8e01f072
 def save_tensors(
@@ -231,6 +239,9 @@ def load_tensors(
 # %% ../../nbs/5_systems/01_contract.ipynb #4b5f6887
 SYSTEMS = {
     "robust-fusion": "clinfuse.systems.robust_fusion:RobustFusion",
+    "medfuse": "clinfuse.systems.medfuse:MedFuse",
+    "contrastive-fusion": "clinfuse.systems.contrastive_fusion:ContrastiveFusion",
+    "card": "clinfuse.systems.card:CARD",
     "lstm": "clinfuse.systems.robust_fusion:LSTM",
     "resnet34": "clinfuse.systems.robust_fusion:ResNet34",
     "logistic-regression": "clinfuse.systems.tabular_baselines:LogisticRegression",

@@ -124,6 +124,7 @@ class ResNet34(NeuralSystem):
     "Residual network and linear head, on the radiograph alone; the prevalence where there is none."
 
     name, needs, recipes = "resnet34", ("radiograph",), RESNET34_RECIPES
+    tasks = (*NeuralSystem.tasks, "chest-findings")
     prior: Tensor
 
     def __init__(self, config: ResNet34Config, description: DataDescription):
@@ -155,7 +156,7 @@ def embed_present(
     embedded = batch.modality_mask.new_zeros(len(batch), encoder.dim)
     if is_present.any():
         images = transform_radiographs(batch.radiograph[is_present], transform, encoder.training)
-        embedded[is_present] = encoder(images)
+        embedded[is_present] = encoder(images).to(embedded.dtype)
     return embedded
 
 # %% ../../nbs/5_systems/02_robust_fusion.ipynb #6b3fd6ec
@@ -164,7 +165,7 @@ def keep_batch_statistics(
 ) -> None:
     "Let batch normalisation use what it has learned, and not change it."
     for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.eval()
 
 # %% ../../nbs/5_systems/02_robust_fusion.ipynb #124c6ccd

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 # %% ../../nbs/6_training/03_loop.ipynb #9889060f
 from ..conventions import InputError, import_extra, new_file
 from ..data.dataset import PreparedData
+from ..objectives.uncertainty_weighting import parameter_groups
 from ..systems.batches import Batch, label_array, read_batch
 from clinfuse.systems.contract import (
     NeuralSystem,
@@ -142,10 +143,10 @@ class StageTraining:
         history: Sequence[dict[str, Any]] = (),  # of the stages before
     ):
         system.requires_grad_(False).zero_grad()
-        for module in system.stage_modules(stage.name):
-            module.requires_grad_(True)
+        trained = nn.ModuleList(system.stage_modules(stage.name)).requires_grad_(True)
         self.learning = [weight for weight in system.parameters() if weight.requires_grad]
-        optimiser = torch.optim.Adam(self.learning, stage.learning_rate, betas=(0.9, stage.beta_2))
+        groups = parameter_groups(trained, stage.learning_rate)
+        optimiser = torch.optim.Adam(groups, stage.learning_rate, betas=(0.9, stage.beta_2))
         self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimiser, factor=0.5, patience=max(1, 2 * stage.patience // 3)
         )
@@ -391,6 +392,7 @@ def _train_stages(system: NeuralSystem, session: Session, resume: bool) -> list[
             training.load_state_dict(state)
             state = None
         history = train_stage(training, session)
+        system.finish_stage(stage.name, session.data)
     system.requires_grad_(True).eval()
     return history
 
