@@ -29,6 +29,10 @@ SHORT = {
     "lstm": {"stage.num_epochs": 3},
     "resnet34": {"stage.num_epochs": 5},
     "robust-fusion": {f"{part}stage.num_epochs": 2 for part in ("lstm.", "resnet34.", "")},
+    "medfuse": {f"{part}stage.num_epochs": 2 for part in ("lstm.", "resnet34.", "")},
+    "contrastive-fusion": {"pretraining.num_epochs": 2, "stage.num_epochs": 2},
+    "card": {"stage.num_epochs": 2, "classifier.stage.num_epochs": 1}
+    | {f"classifier.{part}.stage.num_epochs": 1 for part in ("lstm", "resnet34")},
 }
 NEURAL = [name for name in SYSTEMS if name in SHORT]
 

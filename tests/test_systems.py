@@ -32,6 +32,10 @@ ONE_EPOCH = {
     "lstm": {"stage.num_epochs": 1},
     "resnet34": {"stage.num_epochs": 1},
     "robust-fusion": {f"{part}stage.num_epochs": 1 for part in ("lstm.", "resnet34.", "")},
+    "medfuse": {f"{part}stage.num_epochs": 1 for part in ("lstm.", "resnet34.", "")},
+    "contrastive-fusion": {"pretraining.num_epochs": 1, "stage.num_epochs": 1},
+    "card": {"stage.num_epochs": 1, "classifier.stage.num_epochs": 1}
+    | {f"classifier.{part}.stage.num_epochs": 1 for part in ("lstm", "resnet34")},
     "xgboost": {"num_trees": 10},
 }
 each_system = pytest.mark.parametrize("name", SYSTEMS)

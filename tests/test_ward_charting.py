@@ -45,7 +45,7 @@ def test_lines_are_those_of_another_writer(rows):
         names=list(columns),
         dtype={"text": str, "real": float, "whole": "Int64", "time": str},
         keep_default_na=False,
-        na_values={"whole": [""], "real": [""]},
+        na_values={"whole": [""], "real": ["", "nan"]},
         lineterminator="\n",
     )
     assert back["text"].tolist() == ["" if value is None else value for value in text]

@@ -284,7 +284,10 @@ def _problem(error: Exception) -> dict[str, Any]:
     problem = next(
         (line for line in lines if line.startswith(("Expected", "Value with"))), lines[0]
     )
-    if _damage(error) != text:
+    full = re.search(r'Could not write file \\*"(.*?)\\*"', text)
+    if full:
+        file, problem = full, "could not be written; is the disk full?"
+    elif _damage(error) != text:
         problem = _damage(error)
     elif value or cast:
         problem = f"unreadable value {value[2] if value else cast[1]!r}"  # type: ignore[index]

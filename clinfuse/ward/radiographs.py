@@ -75,7 +75,7 @@ def airspace_haze(
         noise = generator.standard_normal((cells, cells), dtype=np.float32)
         field += weight * cv2.resize(noise, (columns, rows), interpolation=cv2.INTER_CUBIC)
     threshold = np.quantile(field[lungs > 0.5], 1 - extent)
-    return lungs * density / (1 + np.exp((threshold - field) / 0.2))
+    return lungs * density / (1 + np.exp((threshold - field) / 0.12))
 
 # %% ../../nbs/0_ward/05_radiographs.ipynb #281c2903
 def draw_soft_tissue(
@@ -105,7 +105,7 @@ def draw_soft_tissue(
     from_spine = (4 * np.arange(small[1]) - midline) / (0.13 * matrix[0, 0])
     spine = np.exp(-(from_spine**4)).astype(np.float32)
     air = lungs * (1 - (0.7 if view == "PA" else 0.85) * heart)
-    thickness = generator.normal(0.62, 0.015)
+    thickness = generator.normal(0.62, 0.005)
     density = body * (thickness + 0.12 * spine) + 0.1 * heart + 0.015 * air * markings
     density -= air * (thickness - 0.2) * (1 - airspace_haze(opacity, air, generator))
     return cv2.resize(density, shape[::-1], interpolation=cv2.INTER_LINEAR)
@@ -187,7 +187,7 @@ def expose(
     import cv2
 
     height, width = density.shape
-    gain, offset = 0.9 * np.exp(generator.normal(0, 0.1)), generator.normal(0.5, 0.06)
+    gain, offset = 0.9 * np.exp(generator.normal(0, 0.03)), generator.normal(0.5, 0.02)
     grain = generator.standard_normal((height // 2, width // 2), dtype=np.float32)
     grain *= np.float32(generator.uniform(0.012, 0.03))
     grey = density + cv2.resize(grain, (width, height), interpolation=cv2.INTER_LINEAR)
