@@ -192,6 +192,7 @@ def item_counts(
     is_text = "valuenum IS NULL AND value IS NOT NULL AND try_cast(trim(value) AS DOUBLE) IS NULL"
     is_text += " AND NOT regexp_matches(value, '^\\d+/\\d+$')"
     with duckdb.connect(config={"memory_limit": "500MB"}) as engine:
+        engine.execute("SET enable_progress_bar = false")
         rows = engine.execute(
             f"SELECT itemid, count(*), count_if(storetime IS NULL), count_if({is_text}) "
             f"FROM read_parquet([{paths}], union_by_name = true) GROUP BY itemid ORDER BY itemid"

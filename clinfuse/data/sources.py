@@ -313,7 +313,15 @@ def input_errors() -> Iterator[None]:
         place += [f"column {found['column']}"] if found["column"] else []
         raise InputError(f"{', '.join(place)}: {found['problem']}") from error
 
-# %% ../../nbs/1_data/01_sources.ipynb #b9691e3f
+# %% ../../nbs/1_data/01_sources.ipynb #0b6c6edb
+def _quiet_engine() -> Any:
+    import duckdb
+
+    engine = duckdb.connect()
+    engine.execute("SET enable_progress_bar = false")
+    return engine
+
+
 def _reader(file: Path, kinds: dict[str, str]) -> str:
     "SQL that reads a file; columns without a type stay text, empty text is missing."
     path = str(file).replace("'", "''")
@@ -408,8 +416,6 @@ def integrity_findings(
     name: str,  # a table of `UNIQUE`
 ) -> list[dict[str, Any]]:  # file, column, row, problem
     "Identifiers that stand twice, and times out of order."
-    import duckdb
-
     found, missing = _found_columns(source, name)
     key, times = UNIQUE[name], ORDERED.get(name)
     needed = [column for column in (key, *(times or ())) if column not in missing]
@@ -417,7 +423,7 @@ def integrity_findings(
     columns = ", ".join(f"{_try_cast(found[c], kind)} AS {c}" for c, kind in kinds.items())
     file = source.files[name]
     with input_errors():
-        table = duckdb.execute(f"SELECT {columns} FROM {_reader(file, {})}").df()
+        table = _quiet_engine().execute(f"SELECT {columns} FROM {_reader(file, {})}").df()
     first_row = 1 if file.suffix == ".parquet" else 2
     findings = []
     if key in needed:
@@ -452,7 +458,7 @@ def table_findings(
     counted = ", ".join(["count(*)"] + [f"count_if({test})" for test in bad.values()])
     first_row = 0 if file.suffix == ".parquet" else 1
     try:
-        engine, reader = duckdb.connect(), _reader(file, {})
+        engine, reader = _quiet_engine(), _reader(file, {})
         total, *numbers = engine.execute(f"SELECT {counted} FROM {reader}").fetchall()[0]
         for column, number in zip(bad, numbers):
             if number:
