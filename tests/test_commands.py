@@ -11,7 +11,9 @@ import time
 import pandas as pd
 import pytest
 
-from clinfuse.use.recipes import prepare, ward
+from clinfuse.conventions import InputError
+from clinfuse.use.recipes import audit, describe, evaluate, prepare, train, ward
+from clinfuse.use.results import reachable_auroc
 
 TASK = "--task=in-hospital-mortality"
 
@@ -227,3 +229,30 @@ def test_demo_from_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "robust-fusion" in done.stdout
     assert (tmp_path / "clinfuse-demo/report/report.html").exists()
+
+
+def test_phenotypes_are_prepared_trained_and_scored(small_ward, tmp_path):
+    data = prepare(small_ward, tmp_path / "data", task="phenotyping", quiet=True)
+    assert len(data.labels) == 25 and audit(data.path).ok
+    train("logistic-regression", data.path, tmp_path / "run", quiet=True)
+    found = evaluate(
+        [tmp_path / "run"], data=data.path, out=tmp_path / "report", truth=small_ward, quiet=True
+    )
+    assert set(found.metrics["runs"]["run"]["labels"]) <= set(data.labels)
+    best = reachable_auroc(small_ward, data, data.rows("train"))
+    assert max(best["series"], best["radiograph"]) < best["series + radiograph"] < 1
+    stay = prepare(small_ward, tmp_path / "stay", task="length-of-stay", quiet=True)
+    with pytest.raises(InputError, match="no best score for length-of-stay"):
+        reachable_auroc(small_ward, stay, stay.rows("train"))
+    with pytest.raises(InputError, match="does not serve the task length-of-stay"):
+        train("lstm", stay.path, tmp_path / "lstm", quiet=True)
+
+
+def test_films_are_described_and_teach_an_encoder(small_ward, prepared, tmp_path):
+    films = prepare(
+        small_ward, tmp_path / "films", task="chest-findings", splits=prepared, quiet=True
+    )
+    assert "support_devices" in str(describe(films.path))
+    changes = {"stage.num_epochs": "1"}
+    done = train("resnet34", films.path, tmp_path / "run", recipe="quick", set=changes, quiet=True)
+    assert len(done.history) == 1

@@ -421,8 +421,7 @@ def describe(
 ) -> Description:
     "Cohort, prevalence, missingness and overlap of a prepared folder."
     names = [channel["name"] for channel in data.manifest["channels"]]
-    first_mask = data.channels.index(f"mask->{names[0]}")
-    masks = np.asarray(data.series_array[:, first_mask : first_mask + len(names)])
+    masks = np.asarray(data.series_array[:, len(data.channels) - len(names) :])
     return Description(
         title=_title(data.manifest),
         attrition=pd.DataFrame(data.manifest["attrition"]).set_index("step"),

@@ -153,7 +153,8 @@ class SourceCheck:
     def __str__(self) -> str:
         import pandas as pd
 
-        lines = [f"{self.source.kind} {self.source.version}", self.counts.to_string(index=False)]
+        lines = [f"{self.source.kind} {self.source.version}"]
+        lines += [self.counts.to_string(index=False)] if len(self.counts) else []
         for found in self.findings.astype(object).to_dict("records"):
             place = [str(found["file"])]
             place += [f"row {found['row']}"] if pd.notna(found["row"]) else []

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..conventions import InputError
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
@@ -166,20 +168,32 @@ def reachable_auroc(
     prepared: "PreparedData",  # from that ward
     rows: Any,  # (sample,) positions in `prepared.samples`
 ) -> dict[str, float]:  # subset of modalities: AUROC of the true risk given that subset
-    "How well the best honest model could do on these samples."
-    from clinfuse.evaluation.discrimination import auroc
-    from clinfuse.ward.synthetic_ward import ward_truth
+    "How well the best honest model could do on these samples; a mean over several labels."
+    import numpy as np
 
-    samples = prepared.samples.iloc[rows]
-    truth = ward_truth(ward_folder).set_index("stay_id").loc[samples["stay_id"].astype(int)]
-    subsets = (
-        "series",
-        "radiograph",
-        "series_and_radiograph",
-        "series_and_radiograph_and_text_and_age",
+    from clinfuse.evaluation.discrimination import auroc
+    from clinfuse.ward.synthetic_ward import phenotype_truth, ward_truth
+
+    samples, subsets = (
+        prepared.samples.iloc[rows],
+        ["series", "radiograph", "series_and_radiograph"],
     )
-    labels = samples["in_hospital_mortality"].to_numpy()
-    return {
-        subset.replace("_and_", " + "): float(auroc(labels, truth[f"risk_{subset}"].to_numpy()))
+    if prepared.manifest["task"] == "in-hospital-mortality":
+        truth, prefix = ward_truth(ward_folder), {"in_hospital_mortality": "risk"}
+        subsets.append("series_and_radiograph_and_text_and_age")
+    elif prepared.manifest["task"] == "phenotyping":
+        truth = phenotype_truth(ward_folder)
+        prefix = {label: f"{label}_risk" for label in prepared.labels}
+    else:
+        raise InputError(f"the ward knows no best score for {prepared.manifest['task']}")
+    truth = truth.set_index("stay_id").loc[samples["stay_id"].astype(int)]
+    targets = {label: samples[label].to_numpy() for label in prefix}
+    scores = {
+        subset: [
+            auroc(targets[label], truth[f"{risk}_{subset}"].to_numpy())
+            for label, risk in prefix.items()
+            if len(np.unique(targets[label])) == 2
+        ]
         for subset in subsets
     }
+    return {name.replace("_and_", " + "): float(np.mean(each)) for name, each in scores.items()}
