@@ -7,6 +7,7 @@ import pwd
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -137,6 +138,7 @@ def spark_session(tmp_path_factory):
     if shutil.which("java") is None:
         pytest.skip("there is no Java for Spark")
     folder = tmp_path_factory.mktemp("spark")
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = sql.SparkSession.builder.master("local[2]").appName("clinfuse")
     settings = {
         "spark.driver.memory": "1g",

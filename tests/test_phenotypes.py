@@ -1,11 +1,11 @@
 """Phenotypes: the three maps are the published ones, keyed by version and code, and nothing is dropped silently."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SHARED_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from notebook_tools import ROOT
@@ -21,6 +21,8 @@ from clinfuse.data.phenotypes import (
     phenotype_labels,
 )
 from clinfuse.data.sources import connect, open_source
+
+SHARED_DATA = Path(__file__).parents[2] / "shared/data"
 
 TABLES = SHARED_DATA.parent / "tables"
 FILES = {

@@ -1,8 +1,9 @@
 """The `published` protocol gives the benchmark's other three tasks: lists and labels equal, series bit for bit."""
 
+from pathlib import Path
+
 import pytest
 import yaml
-from conftest import SHARED_DATA
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from reference_benchmark import hourly_series, reference_hourly, reference_phenotyping
@@ -14,6 +15,8 @@ from clinfuse.data.phenotypes import PHENOTYPES
 from clinfuse.data.sources import open_source
 from clinfuse.data.tasks import phenotyping_task
 from clinfuse.ward.synthetic_ward import write_ward
+
+SHARED_DATA = Path(__file__).parents[2] / "shared/data"
 
 
 def package_phenotyping(folder, timestep_hours):
