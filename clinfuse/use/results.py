@@ -190,7 +190,7 @@ def reachable_auroc(
     targets = {label: samples[label].to_numpy() for label in prefix}
     scores = {
         subset: [
-            auroc(targets[label], truth[f"{risk}_{subset}"].to_numpy())
+            float(auroc(targets[label], truth[f"{risk}_{subset}"].to_numpy()))
             for label, risk in prefix.items()
             if len(np.unique(targets[label])) == 2
         ]
