@@ -35,6 +35,12 @@ SYSTEM_COLOURS = {
     "resnet34": COLOURS["radiograph"],
     "logistic-regression": "#56B4E9",
     "xgboost": COLOURS["text"],
+    "m3t-lm": "#44AA99",
+    "iohfuselm": "#117733",
+    "dlinear": "#AA4499",
+    "patchtst": "#332288",
+    "current-map": "#999933",
+    "persistence": COLOURS["reference"],
 }
 
 # %% ../nbs/02_figures.ipynb #74e31ed8

@@ -14,7 +14,7 @@ from clinfuse.encoders.residual_network import (
     transform_matrices,
     transform_radiographs,
 )
-from clinfuse.fusion.modality_attention import AttentionConfig, ModalityAttention
+from clinfuse.fusion.modality_attention import AttentionConfig, ModalityAttention, modality_shares
 
 
 @given(
@@ -114,6 +114,23 @@ def test_weights_are_shares_of_what_is_there(seed, num_modalities):
     torch.testing.assert_close(weights.sum(-1), torch.ones(5, num_modalities))
     some = mask.sum(1) > 0
     assert (weights[some] * (1 - mask[some])[:, None]).abs().max() == 0 if some.any() else True
+
+
+@given(seed=st.integers(0, 999), num_modalities=st.integers(2, 4))
+@settings(max_examples=20, deadline=None)
+def test_shares_follow_their_modality_and_add_up(seed, num_modalities):
+    torch.manual_seed(seed)
+    config = AttentionConfig(num_heads=2, feedforward_dim=8, readout="mean")
+    fusion = ModalityAttention(4, config, num_modalities).eval()
+    head, tokens = torch.nn.Linear(4, 3), torch.randn(5, num_modalities, 4)
+    mask = (torch.rand(5, num_modalities) > 0.4).float()
+    mask[:, 0] = 1
+    order = torch.randperm(num_modalities)
+    shares = modality_shares(lambda m: head(fusion(tokens, m)[0]), mask)
+    torch.testing.assert_close(shares.sum(2), torch.ones(5, 3))
+    assert (shares * (1 - mask)[:, None]).abs().max() == 0
+    permuted = modality_shares(lambda m: head(fusion(tokens[:, order], m)[0]), mask[:, order])
+    torch.testing.assert_close(permuted, shares[..., order], atol=1e-4, rtol=1e-4)
 
 
 def test_a_visible_zero_is_seen():

@@ -33,11 +33,11 @@ from clinfuse.objectives.diffusion import (
     noise_schedule,
     vote_p_value,
 )
+from clinfuse.objectives.losses import known_task_losses
 from clinfuse.objectives.uncertainty_weighting import (
     FORMS,
     UncertaintyConfig,
     UncertaintyWeighting,
-    known_task_losses,
     parameter_groups,
 )
 from clinfuse.systems.contract import known_label_loss

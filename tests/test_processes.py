@@ -76,6 +76,22 @@ def test_two_processes_learn_what_one_learns(data, tmp_path):
         torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-5)
 
 
+def test_two_processes_learn_days_and_deaths_as_one_does(tmp_path):
+    """Where labels are unknown here and there, so that the shares of the processes differ."""
+    folder = tmp_path / "stays"
+    stays = invented_patients(folder, num_samples=90, task="mortality-and-stay").samples
+    days = stays["length_of_stay_days"].where(np.random.default_rng(0).random(len(stays)) > 0.4)
+    stays.assign(length_of_stay_days=days).to_parquet(folder / "samples.parquet")
+    settings = SETTINGS | {"stage.num_epochs": "2"}
+    train("lstm", folder, tmp_path / "one", recipe="quick", set=settings, device="cpu", quiet=True)
+    words = ["train", "lstm", folder, tmp_path / "two", "--recipe", "quick", "--device", "cpu"]
+    done = launch(2, *words, "--quiet", "--set", *(f"{k}={v}" for k, v in settings.items()))
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (pd.read_csv(tmp_path / run / "history.csv") for run in ("one", "two"))
+    pd.testing.assert_frame_equal(*(h.drop(columns="seconds") for h in (one, two)), rtol=1e-4)
+    assert one["validation_mae"].notna().all()
+
+
 @pytest.mark.slow
 def test_a_fused_system_learns_in_two_processes_and_is_taken_up_again(data, tmp_path):
     changes = [f"{part}stage.num_epochs=1" for part in ("lstm.", "resnet34.", "")]

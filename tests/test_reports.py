@@ -63,6 +63,7 @@ def prepared(table, protocol="safe", kind="mimic-iv"):
     return SimpleNamespace(
         samples=samples.assign(split="test", radiograph=np.arange(len(samples)) % 3 - 1),
         labels=["death"],
+        label_kinds={"death": "binary"},
         manifest={
             "source": {"kind": kind, "version": "2.1-2.2"},
             "task": "in-hospital-mortality",

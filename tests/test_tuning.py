@@ -192,7 +192,7 @@ def test_trees_are_searched_too(data, tmp_path):
     load_run(search.folder / "best").predict(data, data.rows("validation"))
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", sorted(set(SYSTEMS) - {"current-map", "persistence"}))
 def test_every_system_has_a_space_that_fits_it(system):
     for recipe in system_class(system).recipes:
         how, space = read_space("default", system, recipe)

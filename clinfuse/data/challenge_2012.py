@@ -290,7 +290,7 @@ def _outcome_table(path: str | Path, label: str) -> pd.DataFrame:
 # %% ../../nbs/1_data/15_challenge_2012.ipynb #80000ec0
 def read_stay_lengths(
     path: str | Path,  # Outcomes-a.txt
-) -> pd.Series:  # record number -> days, NaN where unknown
+) -> pd.Series:  # record number -> days, NaN where unknown, or 0: nobody asked left so soon
     "Read how long each patient was still in hospital."
     label = "Length_of_stay"
     table = _outcome_table(path, label)
@@ -301,7 +301,7 @@ def read_stay_lengths(
             f"{path}, row {wrong.index[0] + 2}: {label} is {wrong[label].iloc[0]!r}, "
             "allowed: days from 0, or -1 for unknown"
         )
-    lengths = days.where(days >= 0).set_axis(table["RecordID"])
+    lengths = days.where(days > 0).set_axis(table["RecordID"])
     return lengths.rename("length_of_stay_days")
 
 # %% ../../nbs/1_data/15_challenge_2012.ipynb #21a6e34a

@@ -29,7 +29,8 @@ def titled_codes(
     codes = connection.table(f"hosp/{kind}_icd")
     names = connection.table(f"hosp/d_icd_{kind}")
     codes = codes.mutate(icd_code=codes.icd_code.strip())
-    names = names.mutate(icd_code=names.icd_code.strip())
+    title = names.long_title.strip().nullif("")
+    names = names.mutate(icd_code=names.icd_code.strip(), long_title=title)
     titled = codes.left_join(names, ["icd_code", "icd_version"])
     return titled.select("hadm_id", "seq_num", "icd_code", "icd_version", "long_title")
 

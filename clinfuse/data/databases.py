@@ -21,6 +21,7 @@ from ..conventions import InputError, import_extra
 from clinfuse.data.sources import (
     ADDRESS,
     EXTRA_TABLES,
+    OPTIONAL,
     TABLES,
     UNIQUE,
     Source,
@@ -264,9 +265,10 @@ def travelling_rows(
     if found.get("race", "") is None:
         found["race"] = here.get("ethnicity")
     for column, at in found.items():
-        if at is None:
+        if at is None and column not in OPTIONAL.get(name, ()):
             raise InputError(f"{place}: table {name}: column {column} is missing")
-    rows = table.select(**{column: table[at] for column, at in found.items()})
+    given = {c: ibis.null(_TYPES[kinds[c]]) if at is None else table[at] for c, at in found.items()}
+    rows = table.select(**given)
     if name in EVENT_TABLES:
         item = rows.itemid if rows.itemid.type().is_integer() else rows.itemid.cast("int64")
         rows = rows.filter(item.isin(sorted(items)))

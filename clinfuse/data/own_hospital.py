@@ -179,6 +179,7 @@ def read_stays(
     if "length_of_stay_days" in stays:
         days = stays["length_of_stay_days"]
         _refuse(file, table[days.name], ~(days < 0), "days, 0 or more, or empty")
+        stays[days.name] = days.where(days > 0)
     moments = {f"{what}_{unit}" for what in ("prediction", "end") for unit in ("hours", "time")}
     stays.attrs["columns_not_read"] = sorted(set(table) - set(stays) - moments)
     return stays.sort_values("stay_id", ignore_index=True)

@@ -26,7 +26,7 @@ import pandas as pd
 
 import clinfuse
 from ..conventions import InputError, Protocol, import_extra, new_file
-from .radiograph_images import decode_pairs, enhance_contrast  # noqa: F401
+from .radiograph_images import decode_pairs
 
 # %% ../../nbs/1_data/08_radiographs.ipynb #89a3b0c7
 def _require(file: str | Path, values: pd.Series, is_good: pd.Series, wanted: str) -> None:

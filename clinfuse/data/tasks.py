@@ -41,7 +41,7 @@ TASKS: dict[str, tuple[str, ...]] = {  # task -> kinds of source that serve it i
     "length-of-stay": ("mimic-iv",),
     "decompensation": ("mimic-iv",),
     "mortality-and-stay": ("mimic-iv", "physionet-2012", "own"),
-    "hypotension": (),
+    "hypotension": ("vitaldb", "pressure-table", "physionet-2009"),
 }
 
 
@@ -83,6 +83,12 @@ class TaskData:
     attrition: pd.DataFrame  # step, stays, admissions, subjects; attrs["counts"]
     label_kinds: dict[str, str] = field(default_factory=dict)  # "hours", "days"; else "binary"
     folder: Path | None = None  # if given, series.npy and events.parquet lie there already
+    splits: pd.Series | None = None  # (sample,) where the task draws them itself
+    texts: pd.DataFrame | None = None  # sample_id as index: KIND and KIND_time
+    facts: dict[str, Any] = field(default_factory=dict)  # further entries of the manifest
+    numbers: list[str] = field(default_factory=list)  # columns of `samples`: numbers of a stay
+    categories: list[str] = field(default_factory=list)  # columns of `samples`, 0 or 1
+    ethnicities: list[str] = field(default_factory=list)  # what the codes of `ethnicity` mean
 
 # %% ../../nbs/1_data/12_tasks.ipynb #06fd5659
 def binned_series(
@@ -394,14 +400,17 @@ def mortality_and_stay_task(
         length_of_stay_days=days,
     )
     stays = attrition.keep(stays, days.notna(), "the admission has an end")
+    stays = attrition.keep(stays, stays["length_of_stay_days"] > 0, "after its beginning")
+    is_late, counts = stays["deathtime"] <= stays["prediction_time"], {}
     if protocol.needs_survival:
         is_there = stays["outtime"] >= stays["prediction_time"]
         stays = attrition.keep(stays, is_there, f"in intensive care for {DAY_HOURS:.0f} hours")
-        is_alive = ~(stays["deathtime"] <= stays["prediction_time"])
-        stays = attrition.keep(stays, is_alive, f"alive at hour {DAY_HOURS:.0f}")
+        stays = attrition.keep(stays, ~is_late[stays.index], f"alive at hour {DAY_HOURS:.0f}")
     else:
         flags = tables.table("hosp/admissions").select("hadm_id", "hospital_expire_flag")
         flag = tables.fetch(flags).to_pandas().set_index("hadm_id")["hospital_expire_flag"]
         stays = stays.assign(in_hospital_mortality=stays["hadm_id"].map(flag).astype("Int64"))
+        counts = {"dead before the prediction": int(is_late.sum())}
     kinds = {"in_hospital_mortality": "binary", "length_of_stay_days": "days"}
-    return _window_task(tables, cohort, stays, kinds, protocol, timestep_hours, attrition, folder)
+    rest = (protocol, timestep_hours, attrition, folder, counts)
+    return _window_task(tables, cohort, stays, kinds, *rest)

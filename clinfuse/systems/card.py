@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CARD_RECIPES', 'ConcatenationConfig', 'Concatenation', 'CARDConfig', 'first_answer', 'CARD', 'card_draws',
-           'predict_draws', 'fit_card_temperature']
+           'predict_draws', 'fit_card_temperature', 'uncertainty_table']
 
 # %% ../../nbs/5_systems/05_card.ipynb #c534b616
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -24,18 +25,18 @@ from clinfuse.objectives.diffusion import (
     draw_probability,
     draw_responses,
     fit_temperature,
+    interval_width,
     noise_schedule,
+    vote_p_value,
 )
 from .batches import MODALITIES, Batch, DataDescription, label_array, read_batch
 from .contract import NeuralSystem, Stage
 from clinfuse.systems.robust_fusion import (
-    LSTM,
     LSTM_RECIPES,
     RESNET34_RECIPES,
     LSTMConfig,
-    ResNet34,
     ResNet34Config,
-    keep_batch_statistics,
+    TwoEncoders,
     prediction_head,
 )
 
@@ -49,41 +50,27 @@ class ConcatenationConfig:
     stage: Stage
 
 # %% ../../nbs/5_systems/05_card.ipynb #e2d0b1ec
-class Concatenation(NeuralSystem):
+class Concatenation(TwoEncoders):
     "Series and radiograph, encoded alone, side by side."
 
     def __init__(self, config: ConcatenationConfig, description: DataDescription):
         super().__init__(config, description)
-        self.clahe = config.resnet34.clahe
-        self.lstm = LSTM(config.lstm, description)
-        self.resnet34 = ResNet34(config.resnet34, description)
         self.missing_token = nn.Parameter(0.02 * torch.randn(1, self.resnet34.encoder.dim))
         self.dim = self.lstm.encoder.dim + self.resnet34.encoder.dim
         self.head = prediction_head(self.dim, description)
 
-    def stages(self) -> list[Stage]:
-        return [*self.lstm.stages(), *self.resnet34.stages(), self.config.stage]
-
     def stage_modules(self, stage: str) -> Sequence[nn.Module]:
-        token = nn.ParameterList([self.missing_token])
-        joint = (self.lstm.encoder, self.resnet34.encoder, token, self.head)
-        alone: dict[str, Sequence[nn.Module]] = {
-            "series": [self.lstm],
-            "radiograph": [self.resnet34],
-        }
-        return alone.get(stage, joint)
+        joint = [] if stage != self.config.stage.name else [nn.ParameterList([self.missing_token])]
+        return [*super().stage_modules(stage), *joint]
 
     def embed(self, batch: Batch) -> Tensor:  # (batch, dim)
         "What is known of each patient; a learned vector in place of a radiograph that is not."
-        if self.training:
-            keep_batch_statistics(self.resnet34)
+        series, radiograph = self.embed_both(batch)
         is_present = batch.modality_mask[:, 1:2] > 0
-        radiograph = torch.where(is_present, self.resnet34.embed(batch), self.missing_token)
-        return torch.cat([self.lstm.embed(batch), radiograph], dim=1)
+        return torch.cat([series, torch.where(is_present, radiograph, self.missing_token)], dim=1)
 
-    def logits(self, stage: str, batch: Batch) -> Tensor:
-        parts: dict[str, NeuralSystem] = {"series": self.lstm, "radiograph": self.resnet34}
-        return parts[stage].logits(stage, batch) if stage in parts else self.head(self.embed(batch))
+    def joint_logits(self, batch: Batch) -> Tensor:
+        return self.head(self.embed(batch))
 
 # %% ../../nbs/5_systems/05_card.ipynb #bf02cb10
 @dataclass(frozen=True)
@@ -218,3 +205,24 @@ def fit_card_temperature(
     known = torch.from_numpy(np.isfinite(labels)).float()
     found = fit_temperature(draws, torch.from_numpy(np.nan_to_num(labels)), known)
     system.temperature.fill_(found)
+
+# %% ../../nbs/5_systems/05_card.ipynb #d7adf48d
+def uncertainty_table(
+    system: CARD,
+    data: PreparedData,
+    rows: np.ndarray,  # (sample,) positions in `data.samples`
+) -> pd.DataFrame:  # sample_id, label, prediction, interval_width, p_value
+    "How sure the system is of each answer."
+    draws = predict_draws(system, data, rows)
+    votes = [vote_p_value(np.stack([1 - y, y], axis=2)) for y in np.moveaxis(draws, 2, 0)]
+    prediction = draw_probability(torch.from_numpy(draws), system.temperature.cpu()).numpy()
+    labels = system.description.labels
+    return pd.DataFrame(
+        {
+            "sample_id": data.samples["sample_id"].to_numpy()[rows].repeat(len(labels)),
+            "label": np.tile(np.array(labels), len(rows)),
+            "prediction": prediction.ravel(),
+            "interval_width": interval_width(draws).ravel(),
+            "p_value": np.stack(votes, axis=1).ravel(),
+        }
+    )

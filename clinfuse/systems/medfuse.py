@@ -6,23 +6,21 @@
 __all__ = ['MEDFUSE_RECIPES', 'MedFuseConfig', 'MedFuse']
 
 # %% ../../nbs/5_systems/03_medfuse.ipynb #0172f7bf
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ..encoders.residual_network import MEDFUSE_TRANSFORM
 from ..fusion.sequential import SequentialFusion
 from .batches import MODALITIES, Batch, DataDescription
-from .contract import NeuralSystem, Stage
+from .contract import Stage
 from clinfuse.systems.robust_fusion import (
-    LSTM,
     LSTM_RECIPES,
     RESNET34_RECIPES,
     LSTMConfig,
-    ResNet34,
     ResNet34Config,
-    keep_batch_statistics,
+    TwoEncoders,
     prediction_head,
 )
 
@@ -50,6 +48,7 @@ MEDFUSE_RECIPES = {
         ),
         replace(
             RESNET34_RECIPES["published"],
+            transform=MEDFUSE_TRANSFORM,
             stage=Stage("radiograph", ("radiograph",), learning_rate=2.951e-5, beta_2=0.9),
             clahe=False,
         ),
@@ -64,16 +63,13 @@ MEDFUSE_RECIPES = {
 }
 
 # %% ../../nbs/5_systems/03_medfuse.ipynb #24ddba5e
-class MedFuse(NeuralSystem):
+class MedFuse(TwoEncoders):
     "Series and radiograph, encoded alone, read one after the other by an LSTM."
 
     name, recipes = "medfuse", MEDFUSE_RECIPES
 
     def __init__(self, config: MedFuseConfig, description: DataDescription):
         super().__init__(config, description)
-        self.clahe = config.resnet34.clahe
-        self.resnet34 = ResNet34(config.resnet34, description)
-        self.lstm = LSTM(config.lstm, description)
         self.lstm.encoder.lstm.dropout = 0.0
         self.projection = nn.Linear(self.resnet34.encoder.dim, self.lstm.encoder.dim)
         self.fusion = SequentialFusion(self.lstm.encoder.dim, config.hidden_dim)
@@ -82,19 +78,7 @@ class MedFuse(NeuralSystem):
     def stages(self) -> list[Stage]:
         return [*self.resnet34.stages(), *self.lstm.stages(), self.config.stage]
 
-    def stage_modules(self, stage: str) -> Sequence[nn.Module]:
-        joint = (self.lstm.encoder, self.resnet34.encoder, self.projection, self.fusion, self.head)
-        alone: dict[str, Sequence[nn.Module]] = {
-            "series": [self.lstm],
-            "radiograph": [self.resnet34],
-        }
-        return alone.get(stage, joint)
-
-    def logits(self, stage: str, batch: Batch) -> Tensor:
-        parts: dict[str, NeuralSystem] = {"series": self.lstm, "radiograph": self.resnet34}
-        if stage in parts:
-            return parts[stage].logits(stage, batch)
-        if self.training:
-            keep_batch_statistics(self.resnet34)
-        tokens = [self.lstm.embed(batch), self.projection(self.resnet34.embed(batch))]
-        return self.head(self.fusion(torch.stack(tokens, dim=1), batch.modality_mask))
+    def joint_logits(self, batch: Batch) -> Tensor:
+        series, radiograph = self.embed_both(batch)
+        tokens = torch.stack([series, self.projection(radiograph)], dim=1)
+        return self.head(self.fusion(tokens, batch.modality_mask))

@@ -11,15 +11,15 @@ import os
 import queue
 import threading
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..conventions import InputError
 from ..data.dataset import PreparedData
+from ..systems.batches import Batch
 from ..systems.contract import NeuralSystem, Stage, predict_in_batches
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def predict_together(
     data: PreparedData,
     rows: np.ndarray,  # (sample,) positions in `data.samples`
     stage: Stage,
-) -> np.ndarray:  # float64 (sample, label) probabilities, the same in every process
+) -> np.ndarray:  # float64 (sample, label) as `predict` gives them, the same in every process
     "Let all processes predict their shares."
     process, num_processes = process_number()
     if num_processes == 1:
@@ -191,16 +191,11 @@ def read_ahead(
 
 # %% ../../nbs/6_training/00_devices.ipynb #196a354b
 def send_to(
-    batch: Item,  # a dataclass whose tensors are to be moved
+    batch: Batch,
     device: torch.device,
-) -> Item:  # the same on the device
+) -> Batch:  # the same on the device
     "Move a batch; to a card through pinned memory, without waiting."
     if device.type == "cpu":
         return batch
-    moved: dict[str, Tensor] = {}
-    for field in fields(batch):  # type: ignore[arg-type]
-        value = getattr(batch, field.name)
-        if isinstance(value, Tensor):
-            value = value.pin_memory() if device.type == "cuda" else value
-            moved[field.name] = value.to(device, non_blocking=device.type == "cuda")
-    return replace(batch, **moved)  # type: ignore[type-var]
+    is_card = device.type == "cuda"
+    return (batch.pin_memory() if is_card else batch).to(device, non_blocking=is_card)

@@ -26,15 +26,15 @@ from torch import Tensor, nn
 # %% ../../nbs/6_training/03_loop.ipynb #9889060f
 from ..conventions import InputError, import_extra, new_file
 from ..data.dataset import PreparedData
+from ..objectives.label_kinds import DURATION_DAYS, duration_losses
 from ..objectives.uncertainty_weighting import parameter_groups
-from ..systems.batches import Batch, label_array, read_batch
+from ..systems.batches import Batch, DataDescription, label_array, read_batch
 from clinfuse.systems.contract import (
     NeuralSystem,
     Stage,
     System,
     TabularSystem,
     save_tensors,
-    stage_rows,
 )
 from clinfuse.training.devices import (
     THIS_MACHINE,
@@ -61,31 +61,39 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/6_training/03_loop.ipynb #f82609d7
 def validation_scores(
-    probability: np.ndarray,  # (sample, label) between 0 and 1
-    labels: np.ndarray,  # (sample, label) 0, 1, or nan where unknown
-) -> dict[str, float]:  # loss, auroc, auprc; nan where there is nothing to measure
+    predicted: np.ndarray,  # (sample, label) probabilities; durations in the unit of their label
+    labels: np.ndarray,  # (sample, label) 0 or 1, or a duration; nan where unknown
+    description: DataDescription | None = None,  # of kinds and scales; None: all yes or no
+) -> dict[str, float]:  # loss, auroc, auprc, mae if there are durations; nan: nothing to measure
     "Score predictions on patients that were not learned from."
     from sklearn.metrics import average_precision_score, roc_auc_score
 
-    known = np.isfinite(labels)
-    clipped = probability.clip(1e-7, 1 - 1e-7)
-    terms = -np.log(np.where(labels == 1, clipped, 1 - clipped))[known]
+    known, clipped = np.isfinite(labels), predicted.clip(1e-7, 1 - 1e-7)
+    losses = -np.log(np.where(labels == 1, clipped, 1 - clipped))
+    kinds = description.kinds if description else ("binary",) * labels.shape[1]
     scores: dict[str, list[float]] = {"auroc": [], "auprc": []}
-    for p, y, is_known in zip(probability.T, labels.T, known.T, strict=True):
-        if len(np.unique(y[is_known])) == 2:
-            scores["auroc"].append(roc_auc_score(y[is_known], p[is_known]))
-            scores["auprc"].append(average_precision_score(y[is_known], p[is_known]))
-    means = {name: float(np.mean(v)) if v else np.nan for name, v in scores.items()}
-    return {"loss": float(terms.mean()) if len(terms) else np.nan, **means}
+    scores |= {"mae": []} if set(kinds) & set(DURATION_DAYS) else {}
+    for place, kind in enumerate(kinds):
+        rows = known[:, place]
+        p, y = predicted[rows, place], labels[rows, place].astype(np.float64)
+        if description and kind in DURATION_DAYS:
+            days = duration_losses(torch.from_numpy(p), torch.from_numpy(y), kind)
+            losses[rows, place] = days / description.loss_scale[place]
+            scores["mae"] += [np.abs(p - y).mean()] if len(y) else []
+        elif len(np.unique(y)) == 2:
+            scores["auroc"].append(roc_auc_score(y, p))
+            scores["auprc"].append(average_precision_score(y, p))
+    means = {name: float(np.mean(found)) if found else np.nan for name, found in scores.items()}
+    return {"loss": float(losses[known].mean()) if known.any() else np.nan, **means}
 
 # %% ../../nbs/6_training/03_loop.ipynb #488f483a
 def epoch_merit(
     scores: dict[str, float],  # from `validation_scores`
-    select_by: str,  # "auroc", "auprc" or "loss"
+    select_by: str,  # "auroc", "auprc", "loss" or "mae"
     epoch: int,
 ) -> float:  # the higher the better
     "What the best epoch has most of."
-    known = {name: -value if name == "loss" else value for name, value in scores.items()}
+    known = {name: -v if name in ("loss", "mae") else v for name, v in scores.items()}
     if select_by not in known:
         raise InputError(f"unknown select_by {select_by!r}; known: {', '.join(known)}")
     for value in (known[select_by], known["loss"]):
@@ -287,7 +295,7 @@ def _batches_to_come(
 
     data, stage, progress = session.data, training.stage, training.progress
     hardware, device = session.hardware, session.accelerator.device
-    rows = stage_rows(data, "train", stage)
+    rows = training.system.stage_rows(stage, data, "train")
     seed = derived_seed(session.seed, stage.name, progress.epoch)
     share = (hardware.accumulation, *process_number())
     read = stage_batches(training.system, data, rows, stage, seed, progress.step, *share)
@@ -312,7 +320,8 @@ def _batches_to_come(
 def train_stage(training: StageTraining, session: Session) -> list[dict[str, Any]]:  # history
     "Train one stage; the system ends with the weights of the best epoch."
     stage, progress, data = training.stage, training.progress, session.data
-    rows, best = stage_rows(data, "validation", stage), f"best-{stage.name}.safetensors"
+    rows = training.system.stage_rows(stage, data, "validation")
+    best = f"best-{stage.name}.safetensors"
     best_file = session.checkpoints.folder / best
     try:
         while progress.epoch <= stage.num_epochs:
@@ -321,8 +330,7 @@ def train_stage(training: StageTraining, session: Session) -> list[dict[str, Any
             start = time.perf_counter()
             loss = train_epoch(training, session)
             with session.accelerator.autocast():
-                predicted = predict_together(training.system, data, rows, stage)
-            scores = validation_scores(predicted, label_array(data, rows))
+                scores = _stage_scores(training.system, stage, data, rows)
             finish_epoch(training, loss, scores, time.perf_counter() - start)
             session.tell(progress.history)
             if session.checkpoints.is_due(epoch_ends=True):
@@ -334,6 +342,16 @@ def train_stage(training: StageTraining, session: Session) -> list[dict[str, Any
     training.system.load_state_dict(training.best)
     training.accelerator.free_memory()
     return progress.history
+
+
+def _stage_scores(
+    system: NeuralSystem, stage: Stage, data: PreparedData, rows: np.ndarray
+) -> dict[str, float]:
+    found = system.validation_loss(stage.name, data, rows)
+    if found is not None:
+        return {"loss": found, "auroc": np.nan, "auprc": np.nan}
+    predicted = predict_together(system, data, rows, stage)
+    return validation_scores(predicted, label_array(data, rows), system.description)
 
 # %% ../../nbs/6_training/03_loop.ipynb #15ce88d2
 def train_system(
@@ -382,7 +400,7 @@ def _train_stages(system: NeuralSystem, session: Session, resume: bool) -> list[
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(system)
     for stage in system.stages():
-        if not len(stage_rows(session.data, "train", stage)):
+        if not len(system.stage_rows(stage, session.data, "train")):
             warnings.warn(f"stage {stage.name} left out: no training sample for it", stacklevel=3)
             continue
         if state and state["progress"]["stage"] != stage.name:
@@ -391,6 +409,7 @@ def _train_stages(system: NeuralSystem, session: Session, resume: bool) -> list[
         if state:
             training.load_state_dict(state)
             state = None
+        system.start_stage(stage.name, session.data)
         history = train_stage(training, session)
         system.finish_stage(stage.name, session.data)
     system.requires_grad_(True).eval()
@@ -413,7 +432,8 @@ def _start(hardware: Hardware, folder: Path, tracker: str | None) -> "Accelerato
 def _fit_table(system: TabularSystem, data: PreparedData, seed: int) -> pd.DataFrame:
     start, rows = time.perf_counter(), data.rows("validation")
     facts = system.fit(data, data.rows("train"), rows, seed)
-    scores = validation_scores(system.predict(data, rows), label_array(data, rows))
+    predicted, labels = system.predict(data, rows), label_array(data, rows)
+    scores = validation_scores(predicted, labels, system.description)
     found = {f"validation_{name}": value for name, value in scores.items()}
     seconds = time.perf_counter() - start
     return pd.DataFrame(

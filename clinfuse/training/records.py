@@ -77,7 +77,7 @@ def write_record(
     record = {
         "name": name,
         "clinfuse": clinfuse.__version__,
-        **current_commit(path.parent),
+        **current_commit(Path(clinfuse.__file__).parent),
         "seeds": list(seeds),
         "seconds": round(float(seconds), 1),
         "machine": describe_machine(),

@@ -46,6 +46,15 @@ SPACES: dict[str, Space] = {  # where the general rule of `default_space` finds 
         "row_share": {"low": 0.5, "high": 1.0},
         "column_share": {"low": 0.2, "high": 1.0},
     },
+    "random-forest": {
+        "depth": {"low": 4, "high": 16},
+        "leaf_size": {"low": 1, "high": 50, "log": True},
+        "column_share": {"low": 0.05, "high": 1.0},
+    },
+    "mlp": {
+        "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+        "penalty": {"low": 1e-5, "high": 1.0, "log": True},
+    },
     "logistic-regression": {"clip": {"low": 2.0, "high": 10.0}},
 }
 _STEP_SIZE: Space = {"stage.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True}}
@@ -160,7 +169,7 @@ LOWER_IS_BETTER = ("loss", "mae", "rmse")  # every other score is better the hig
 def validation_score(
     system: System,
     history: pd.DataFrame,  # from `train_system`
-    metric: str,  # "auroc", "auprc" or "loss"
+    metric: str,  # "auroc", "auprc", "loss" or "mae"
 ) -> float:
     "What a trial is judged by: the epoch that was kept of the stage that predicts."
     column = f"validation_{metric}"
@@ -173,8 +182,8 @@ def validation_score(
     score = float(rows[column].iloc[-1])
     if score != score:
         raise InputError(
-            f"the validation split has no {metric}: it needs patients with both outcomes; "
-            "--metric loss needs only labels"
+            f"the validation split has no {metric}: areas need patients with both outcomes, mae "
+            "needs durations; --metric loss needs only labels"
         )
     return score
 
@@ -184,7 +193,7 @@ def run_trial(
     system: System,  # untrained, with these settings
     data: PreparedData,
     folder: Path,  # gets checkpoints
-    metric: str,  # "auroc", "auprc" or "loss"
+    metric: str,  # "auroc", "auprc", "loss" or "mae"
     seed: int = 0,
     quiet: bool = True,
 ) -> tuple[float, pd.DataFrame]:  # validation score, one row an epoch
@@ -440,7 +449,7 @@ def tune(
     *,
     recipe: str = "safe",  # whose settings are varied
     space: str | Path | Space = "default",  # "default", "paper", a JSON file, or the space itself
-    metric: str = "auroc",  # validation score to improve: "auroc", "auprc" or "loss"
+    metric: str = "auroc",  # validation score to improve: "auroc", "auprc", "loss" or "mae"
     seed: int = 0,  # of the draws, and of every training
     quiet: bool = False,  # no progress bar
 ) -> Search:

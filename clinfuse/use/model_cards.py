@@ -68,7 +68,8 @@ def training_table(
             row["seconds"] = round(float(part["seconds"].sum()), 1)
         for column in map(str, part.columns):
             if column.startswith("validation_") and part[column].notna().any():
-                best = part[column].min() if column.endswith("loss") else part[column].max()
+                is_lower_better = column.endswith(("loss", "mae"))
+                best = part[column].min() if is_lower_better else part[column].max()
                 row[f"best {column.replace('_', ' ')}"] = round(float(best), 4)
         rows.append(row)
     return pd.DataFrame(rows)
@@ -88,7 +89,8 @@ def card_sections(
     sections = {"The model": _markdown(_facts(config, manifest))}
     sections["The patients"] = _markdown(pd.DataFrame(manifest.get("attrition", []))) or unknown
     if samples is not None:
-        prevalence = label_prevalence(samples, manifest["labels"]).reset_index()
+        kinds = manifest.get("label_kinds")
+        prevalence = label_prevalence(samples, manifest["labels"], kinds).reset_index()
         sections["How common the outcome was"] = _markdown(prevalence.round(4))
     rules = protocol_table()[[manifest["protocol"]]].reset_index()
     sections["What the model was allowed to know"] = _markdown(rules)

@@ -29,6 +29,7 @@ from clinfuse.evaluation.resampling import (
     patient_weights,
 )
 from ..figures import COLOURS, SYSTEM_COLOURS, draw_band, figure, figure_html
+from ..objectives.label_kinds import DURATION_DAYS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,9 +69,21 @@ def _is_number(value: Any) -> bool:
     return value is not None and bool(np.isfinite(value))
 
 
-def _name(metrics: Mapping[str, Any]) -> str:
+def _labels(metrics: Mapping[str, Any], metric: str = "auroc") -> list[str]:
+    "Those that have a metric: outcomes have auroc, durations mae."
     labels = next(iter(metrics["runs"].values()))["labels"]
+    return [label for label, of in labels.items() if metric in of]
+
+
+def _name(metrics: Mapping[str, Any]) -> str:
+    labels = _labels(metrics)
     return "AUROC" if len(labels) == 1 else f"mean AUROC of {len(labels)} outcomes"
+
+
+def _outcomes(predictions: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    "The rows of labels that are true or not; nothing where there is none."
+    rows = {run: t[t["kind"] == "binary"] if "kind" in t else t for run, t in predictions.items()}
+    return rows if all(map(len, rows.values())) else {}
 
 
 def _inputs(subset: str) -> str:
@@ -82,6 +95,11 @@ def summary_sentences(
     reachable: Mapping[str, float] | None = None,  # what a model knows -> best possible AUROC
 ) -> list[str]:  # plain sentences, most important first
     "What the numbers say, in words."
+    stays = [said for label in _labels(metrics, "mae") for said in _stay_sentences(metrics, label)]
+    return (_risk_sentences(metrics, reachable) if _labels(metrics) else []) + stays
+
+
+def _risk_sentences(metrics: Mapping[str, Any], reachable: Mapping[str, float] | None) -> list[str]:
     label = _headline(metrics)
     scores = {run: _found(of, label)["auroc"] for run, of in metrics["runs"].items()}
     known = {run: score for run, score in scores.items() if _is_number(score["value"])}
@@ -123,8 +141,8 @@ def _bounds(found: Mapping[str, Any]) -> str:
     return f"95 % interval {found['low']:.3f} to {found['high']:.3f}"
 
 
-def _headline(metrics: Mapping[str, Any]) -> str:
-    labels = list(next(iter(metrics["runs"].values()))["labels"])
+def _headline(metrics: Mapping[str, Any], metric: str = "auroc") -> str:
+    labels = _labels(metrics, metric)
     return labels[0] if len(labels) == 1 else "macro"
 
 
@@ -143,14 +161,28 @@ def _difference(
     return {"difference": None, "low": None, "high": None}
 
 
-def _verdict(metrics: Mapping[str, Any], best: str, other: str, label: str) -> str:
-    found = _difference(metrics, best, other, label, "auroc")
+def _verdict(
+    metrics: Mapping[str, Any], best: str, other: str, label: str, metric: str = "auroc"
+) -> str:
+    order = (best, other) if metric == "auroc" else (other, best)
+    found = _difference(metrics, *order, label, metric)
     if not _is_number(found["low"]):
         return f"{best} and {other} cannot be compared on these patients."
-    gap = f"AUROC difference {found['difference']:.3f}, {_bounds(found)}"
+    gap = f"{metric.upper()} difference {found['difference']:.3f}, {_bounds(found)}"
     if found["low"] > 0:
         return f"{best} is better than {other} ({gap}): other patients of this kind would very likely agree."
     return f"{best} is ahead of {other} here, but these patients cannot decide between them ({gap}, which includes 0)."
+
+
+def _stay_sentences(metrics: Mapping[str, Any], label: str) -> list[str]:
+    scores = {run: of["labels"][label]["mae"] for run, of in metrics["runs"].items()}
+    best, words = min(scores, key=lambda run: scores[run]["value"]), label.replace("_", " ")
+    first = (
+        f"{best} comes closest to the {words}: it is off by {scores[best]['value']:.3f} on average "
+        f"(MAE, {_bounds(scores[best])})."
+    )
+    others = [run for run in scores if run != best]
+    return [first, *(_verdict(metrics, best, other, label, "mae") for other in others)]
 
 # %% ../../nbs/8_use/01_reports.ipynb #39e43b08
 def differences_figure(
@@ -295,7 +327,8 @@ def radiograph_table(
     for group, wanted in (("with a radiograph", True), ("without", False)):
         part = {run: t[t["sample_id"].isin(with_image) == wanted] for run, t in predictions.items()}
         num_samples = next(iter(part.values()))["sample_id"].nunique()
-        if num_samples == 0:
+        part = _outcomes(part)
+        if num_samples == 0 or not part:
             return pd.DataFrame()
         found = evaluate_runs(part, metrics={"auroc": METRICS["auroc"]})
         table = metrics_table(found, ("auroc",)).xs(_headline(found), level="label")
@@ -309,35 +342,52 @@ def cohort_tables(
     "The patients behind the numbers."
     from clinfuse.data.description import label_prevalence, modality_overlap
 
-    prevalence = label_prevalence(data.samples, data.labels).reset_index()
-    prevalence = (
-        prevalence[prevalence["samples"] > 0]
-        .assign(
-            label=prevalence["label"].astype(str).str.replace("_", " "),
-            mean=prevalence["mean"].map("{:.1%}".format),
-        )
-        .rename(columns={"mean": "share"})
-    )
+    is_time = {label: data.label_kinds.get(label) in DURATION_DAYS for label in data.labels}
+    labels: dict[str, pd.DataFrame] = {}
+    for caption, wanted in (("How common the outcome is", False), ("How long it takes", True)):
+        names = [label for label in data.labels if is_time[label] is wanted]
+        if not names:
+            continue
+        table = label_prevalence(data.samples, names, data.label_kinds).reset_index()
+        table = table[table["samples"] > 0].assign(label=lambda t: t["label"].str.replace("_", " "))
+        if not wanted:
+            table["share"] = table.pop("mean").map("{:.1%}".format)
+        labels[caption] = table.round(2)
     overlap = modality_overlap(data.samples).reset_index()
     return {
         "Who was left after each step": pd.DataFrame(data.manifest["attrition"]),
-        "How common the outcome is": prevalence,
+        **labels,
         "Which kinds of data meet in one sample": overlap.assign(
             share=overlap["share"].map("{:.1%}".format)
         ),
     }
 
 
+_WORDS = {
+    **{"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier score", "ece": "calibration error"},
+    **{"f1_binary": "F1, outcome", "f1_macro": "F1, both classes", "run": "system"},
+    **{"mae": "MAE", "rmse": "RMSE", "r2": "R2", "explained_variance": "explained variance"},
+}
+
+
 def _results(metrics: Mapping[str, Any]) -> str:
-    words = {"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier score", "ece": "calibration error"}
-    words |= {"f1_binary": "F1, outcome", "f1_macro": "F1, both classes", "run": "system"}
-    every = metrics_table(dict(metrics)).reset_index().rename(columns=words)
-    headline = every[every["label"] == _headline(metrics)].drop(columns="label")
-    if len(every) == len(headline):
-        return _table(headline)
-    every["label"] = every["label"].str.replace("_", " ")
-    details = f"<details><summary>Every outcome</summary>{_table(every)}</details>"
-    return f"<p>Averaged over the outcomes:</p>{_table(headline)}{details}"
+    every = metrics_table(dict(metrics)).reset_index()
+    parts = []
+    for metric in ("auroc", "mae"):
+        labels, headline = _labels(metrics, metric), _headline(metrics, metric)
+        table = every[every["label"].isin([*labels, headline])] if labels else every[:0]
+        names = {
+            n for of in metrics["runs"].values() for label in labels for n in of["labels"][label]
+        }
+        table = table[["run", "label", *(n for n in table if n in names)]].rename(columns=_WORDS)
+        short = _table(table[table["label"] == headline].drop(columns="label"))
+        if len(labels) > 1:
+            table["label"] = table["label"].str.replace("_", " ")
+            details = f"<details><summary>Every outcome</summary>{_table(table)}</details>"
+            parts.append(f"<p>Averaged over the outcomes:</p>{short}{details}")
+        elif labels:
+            parts.append(f"<h3>{escape(headline.replace('_', ' '))}</h3>{short}")
+    return "".join(parts)
 
 # %% ../../nbs/8_use/01_reports.ipynb #6547f8f3
 def report_sections(
@@ -465,7 +515,10 @@ def _figures(
         "curves": "Left: cases found against false alarms. Right: share of true alarms against cases found. Bands: 95 % of resampled patients. Dotted: a coin.",
         "reliability": "Observed share against forecast risk, with 95 % intervals. On the dotted line a risk means what it says. Above: how many forecasts each bin holds.",
     }
-    drawn = {"curves": curves_figure(predictions), "reliability": reliability_figure(predictions)}
+    outcomes = _outcomes(predictions)
+    if not outcomes:
+        return {}
+    drawn = {"curves": curves_figure(outcomes), "reliability": reliability_figure(outcomes)}
     if metrics["pairs"]:
         drawn["differences"] = differences_figure(metrics)
     if reachable:
@@ -483,7 +536,10 @@ def _lead(
     parts = [
         f"{table['sample_id'].nunique():,} samples of {table['subject_id'].nunique():,} patients ({split} split)"
     ]
-    parts.append(f"{table['target'].astype(float).mean():.1%} with the outcome")
+    for kind, rows in table.groupby(table.get("kind", pd.Series("binary", table.index))):
+        target = rows["target"].astype(float)
+        about = f"{target.mean():.1%} with the outcome"
+        parts.append(about if kind == "binary" else f"median {target.median():.1f} {kind}")
     if data is not None:
         parts.append(f"{data.manifest['task']}, protocol {data.manifest['protocol']}")
     return " · ".join(parts)

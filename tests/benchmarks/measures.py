@@ -30,7 +30,12 @@ TIME_STEPS, NUM_CONTINUOUS, NUM_COLUMNS = 48, 12, 76  # of an observation window
 BATCH_SIZES = (1, 16, 256)
 NUM_STEPS = 10  # of an epoch whose overhead is measured
 PARTS = ("data", "transfer", "forward", "backward", "step")
-NEURAL = [name for name in SYSTEMS if issubclass(system_class(name), NeuralSystem)]
+NEURAL = [
+    name
+    for name in SYSTEMS
+    if issubclass(system_class(name), NeuralSystem)
+    and "hypotension" not in system_class(name).tasks
+]
 
 
 def device() -> torch.device:
