@@ -245,7 +245,7 @@ def test_phenotypes_are_prepared_trained_and_scored(small_ward, tmp_path):
     with pytest.raises(InputError, match="no best score for length-of-stay"):
         reachable_auroc(small_ward, stay, stay.rows("train"))
     with pytest.raises(InputError, match="does not serve the task length-of-stay"):
-        train("lstm", stay.path, tmp_path / "lstm", quiet=True)
+        train("persistence", stay.path, tmp_path / "persistence", quiet=True)
 
 
 def test_films_are_described_and_teach_an_encoder(small_ward, prepared, tmp_path):

@@ -6,7 +6,6 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SHARED_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_hospital import at, chart, hospital, laboratory, write_tables
@@ -119,15 +118,13 @@ def test_no_spelling_stands_in_two_groups():
     assert all(number.low < number.high for number in NUMBERS)
 
 
-@pytest.mark.skipif(not (SHARED_DATA / "mimic-iv-demo").exists(), reason="no demo of MIMIC-IV")
-def test_the_demo_knows_every_item_and_spelling(tmp_path):
-    demo = SHARED_DATA / "mimic-iv-demo"
-    items = pd.read_csv(demo / "hosp/d_labitems.csv.gz").set_index("itemid")["label"]
+def test_the_demo_knows_every_item_and_spelling(mimic_demo, tmp_path):
+    items = pd.read_csv(mimic_demo / "hosp/d_labitems.csv.gz").set_index("itemid")["label"]
     for item, name in LABORATORY.items():
         said = name.removeprefix("mean_").split("_")[0].removesuffix("s")
         known = items[item].lower().replace("hemo", "haemo")
         assert said[:5] in known
-    data = prepare_folder(open_source(demo), tmp_path / "demo", TASK, quiet=True)
+    data = prepare_folder(open_source(mimic_demo), tmp_path / "demo", TASK, quiet=True)
     assert data.manifest["counts"]["unknown spellings"] == {}
     assert data.samples["mean_height"].notna().mean() > 0.3
     assert audit_leaks(data).proven
