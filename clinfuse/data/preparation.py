@@ -116,6 +116,8 @@ def what_differs(
     found: Mapping[str, Any],  # the manifest of a folder that exists
 ) -> str:  # in words; "" if nothing does
     "Compare a request with what a folder was made by."
+    if "corruption" in found:
+        return "it was noised or thinned out on purpose"
     for name in ("clinfuse", *asked):
         if name in asked and name != "source" and found.get(name) != asked[name]:
             return f"{name} was {found.get(name)!r} and is {asked[name]!r} now"
