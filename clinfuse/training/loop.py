@@ -66,8 +66,6 @@ def validation_scores(
     description: DataDescription | None = None,  # of kinds and scales; None: all yes or no
 ) -> dict[str, float]:  # loss, auroc, auprc, mae if there are durations; nan: nothing to measure
     "Score predictions on patients that were not learned from."
-    from sklearn.metrics import average_precision_score, roc_auc_score
-
     known, clipped = np.isfinite(labels), predicted.clip(1e-7, 1 - 1e-7)
     losses = -np.log(np.where(labels == 1, clipped, 1 - clipped))
     kinds = description.kinds if description else ("binary",) * labels.shape[1]
@@ -80,11 +78,22 @@ def validation_scores(
             days = duration_losses(torch.from_numpy(p), torch.from_numpy(y), kind)
             losses[rows, place] = days / description.loss_scale[place]
             scores["mae"] += [np.abs(p - y).mean()] if len(y) else []
-        elif len(np.unique(y)) == 2:
-            scores["auroc"].append(roc_auc_score(y, p))
-            scores["auprc"].append(average_precision_score(y, p))
+        elif 0 < y.sum() < len(y):
+            for name, area in zip(("auroc", "auprc"), _areas(p, y)):
+                scores[name].append(area)
     means = {name: float(np.mean(found)) if found else np.nan for name, found in scores.items()}
     return {"loss": float(losses[known].mean()) if known.any() else np.nan, **means}
+
+
+def _areas(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    order = np.argsort(-predicted, kind="stable")
+    ends = np.flatnonzero(np.diff(predicted[order], append=np.nan))
+    hits = labels[order].cumsum()[ends]
+    misses = ends + 1 - hits
+    sensitivity = hits / hits[-1]
+    before = np.append(0.0, sensitivity[:-1])
+    auroc = np.diff(misses, prepend=0.0) @ (before + sensitivity) / 2 / misses[-1]
+    return float(auroc), float((sensitivity - before) @ (hits / (ends + 1)))
 
 # %% ../../nbs/6_training/03_loop.ipynb #488f483a
 def epoch_merit(
@@ -340,7 +349,8 @@ def train_stage(training: StageTraining, session: Session) -> list[dict[str, Any
             with suppress(InputError) if sys.exc_info()[0] else nullcontext():
                 save_tensors(training.best, best_file)
     training.system.load_state_dict(training.best)
-    training.accelerator.free_memory()
+    if training.accelerator.num_processes > 1 or training.accelerator.device.type != "cpu":
+        training.accelerator.free_memory()
     return progress.history
 
 
