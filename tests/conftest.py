@@ -1,11 +1,19 @@
 """What several test files share."""
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores: more threads only wait
+
+import diffusers  # noqa: F401  # after the number of threads is set
+import ibis  # noqa: F401
+import sklearn.metrics  # noqa: F401
+import transformers  # noqa: F401
+
+gc.freeze()  # what the libraries left is no garbage, and looking through it takes a quarter of a second
 
 SHARED_DATA = Path(__file__).parents[2] / "shared/data"
 
