@@ -63,6 +63,14 @@ def test_prediction_of_one_and_of_many(data, found):
     found["prediction"] = measures.prediction_times(data)
 
 
+@pytest.mark.parametrize("num_labels", [1, 25])
+def test_draws_of_card(found, num_labels):
+    """After encoding, on the schedule that is the default: 100 draws of 50 steps for 1,000 stays."""
+    seconds = measures.card_seconds(num_labels)
+    found.setdefault("card_draws", {})[str(num_labels)] = seconds
+    assert seconds < 20
+
+
 def test_memory(data, found):
     if not torch.cuda.is_available():
         pytest.skip("no card to measure")

@@ -13,7 +13,9 @@ import torch
 from clinfuse.conventions import SAFE
 from clinfuse.data.dataset import PreparedData, write_prepared
 from clinfuse.data.tasks import TaskData
+from clinfuse.objectives.diffusion import Denoiser, draw_responses
 from clinfuse.systems.batches import DataDescription, read_batch
+from clinfuse.systems.card import CARD_RECIPES
 from clinfuse.systems.contract import SYSTEMS, NeuralSystem, build_system, system_class
 from clinfuse.training.devices import Hardware, start_accelerator
 from clinfuse.training.loop import (
@@ -354,3 +356,17 @@ def prediction_times(data: PreparedData) -> dict[str, float]:
         "cpu_seconds_for_10000_stays": cpu * scale,
         "threads": torch.get_num_threads(),
     }
+
+
+def card_seconds(num_labels: int, num_stays: int = 1000, batch_size: int = 64) -> float:
+    """What the reverse process of CARD takes for stays that are encoded already."""
+    config = CARD_RECIPES["safe"].diffusion
+    denoiser = Denoiser(768, num_labels, config).to(device()).eval()
+    start = time.perf_counter()
+    with torch.no_grad():
+        for embedding in torch.randn(num_stays, 768, device=device()).split(batch_size):
+            prior = torch.rand(len(embedding), num_labels, device=device())
+            draws = draw_responses(denoiser, denoiser.patient(embedding), prior, config)
+    assert draws.shape[1:] == (config.num_draws, num_labels)
+    wait_for(device())
+    return time.perf_counter() - start
