@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULE_METRICS', 'CLEAR_MMHG', 'ALARM_METRICS', 'SHOWN', 'WatchedWindows', 'watched_windows', 'ratio_estimate',
            'forecast_errors', 'rule_scores', 'window_groups', 'announcing_windows', 'alarm_threshold', 'alarms',
-           'hypotension_estimates', 'hypotension_scores', 'hypotension_table']
+           'hypotension_estimates', 'hypotension_scores', 'add_hypotension_scores', 'hypotension_table']
 
 # %% ../../nbs/7_evaluation/11_hypotension_events.ipynb #8ea50e30
 import warnings
@@ -25,7 +25,7 @@ from clinfuse.data.hypotension_events import (
     hypotensive_steps,
 )
 from . import discrimination
-from .discrimination import UndefinedMetric
+from .discrimination import UndefinedMetric, over_resamples
 from .draws import patient_weights
 from .resampling import Estimate
 
@@ -112,10 +112,16 @@ def ratio_estimate(
     weights: np.ndarray,  # (resample, sample) from `patient_weights`
 ) -> Estimate:  # nan where nothing stands below the line
     "A quotient of two sums, with patients drawn again."
-    sums = np.stack([part, whole], axis=1).astype(float)
-    drawn = np.vstack([sums.sum(axis=0), weights.astype(float) @ sums])
-    above, below = drawn[:, 0], np.where(drawn[:, 1] > 0, drawn[:, 1], np.nan)
-    value, resamples = float(above[0] / below[0]), above[1:] / below[1:]
+    above, below = (np.asarray(column, dtype=float) for column in (part, whole))
+
+    def quotient(drawn: np.ndarray) -> np.ndarray:
+        sums = below @ drawn
+        return above @ drawn / np.where(sums > 0, sums, np.nan)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UndefinedMetric)
+        value = float(over_resamples(quotient, len(above)))
+        resamples = np.asarray(over_resamples(quotient, len(above), weights))
     return Estimate(value, resamples, "nothing to count" if np.isnan(value) else "")
 
 # %% ../../nbs/7_evaluation/11_hypotension_events.ipynb #4012bf69
@@ -319,6 +325,21 @@ def hypotension_scores(
         }
         for label, groups in found.items()
     }
+
+# %% ../../nbs/7_evaluation/11_hypotension_events.ipynb #71392aaa
+def add_hypotension_scores(
+    metrics: dict[str, Any],  # of metrics.json; every run gets "hypotension"
+    tables: Mapping[str, pd.DataFrame],  # run -> label, prediction: of the rows, in their order
+    systems: Mapping[str, Any],  # run -> what forecasts
+    data: "PreparedData",  # of the task hypotension
+    rows: np.ndarray,  # (sample,) ascending positions in `data.samples`, of one split
+) -> None:
+    "Score every run as a source of warnings."
+    for run, table in tables.items():
+        told = [table.loc[table["label"] == label, "prediction"] for label in data.labels]
+        forecast = systems[run].forecast(data, rows)
+        found = hypotension_scores(data, rows, forecast, np.stack(told, axis=1))
+        metrics["runs"][run]["hypotension"] = found
 
 # %% ../../nbs/7_evaluation/11_hypotension_events.ipynb #675f9e6a
 SHOWN = {
