@@ -17,6 +17,7 @@ from clinfuse.training.devices import Hardware
 from clinfuse.training.loop import train_system
 from clinfuse.use.command_line import COMMANDS, run_command
 from clinfuse.use.recipes import prepare, ward
+from clinfuse.use.results import reachable_auroc
 
 TINY = {"augmentation.num_epochs": 1, "pretraining.num_epochs": 1, "stage.num_epochs": 1}
 CHANGES = {
@@ -82,10 +83,19 @@ def test_evaluate_and_predict_by_command(runs, data, tmp_path):
     words = [str(runs[name]) for name in ("iohfuselm", "current-map")]
     out = tmp_path / "report"
     evaluated = ["evaluate", *words, "--data", str(data.path), "--out", str(out), "--quiet"]
-    assert run_command(COMMANDS, [*evaluated, "--split", "validation"]) == 0
+    truth = ["--truth", str(data.path.parent / "ward")]
+    assert run_command(COMMANDS, [*evaluated, "--split", "validation", *truth]) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     for name in ("iohfuselm", "current-map"):
         assert set(metrics["runs"][name]["labels"]) == set(data.labels)
+        found = metrics["runs"][name]["hypotension"]["hypotension_15_min"]
+        ranked = metrics["runs"][name]["labels"]["hypotension_15_min"]["auroc"]["value"]
+        assert found["all_windows"]["auroc"]["value"] == pytest.approx(ranked)
+        assert found["forecast"]["mae_hypotensive"]["value"] > 0
+    page = (out / "report.html").read_text()
+    best = reachable_auroc(data.path.parent / "ward", data, data.rows("train"))
+    assert 0.5 < best["series"] < best["series + text"] < 1 and "from series + text" in page
+    assert "Warnings before low pressure" in page and "lead time, minutes" in page
     table = tmp_path / "told.csv"
     told = ["predict", str(runs["iohfuselm"]), str(data.path), str(table), "--quiet"]
     assert run_command(COMMANDS, told) == 0

@@ -241,7 +241,9 @@ def evaluate(
     from tqdm.auto import tqdm
 
     from clinfuse.data.dataset import PreparedData
+    from clinfuse.evaluation.hypotension_events import add_hypotension_scores
     from clinfuse.evaluation.resampling import evaluate_runs, write_metrics
+    from clinfuse.training.checkpoints import load_run
     from clinfuse.use.reports import write_report
 
     prepared, named = PreparedData(data), run_names(runs)
@@ -254,6 +256,9 @@ def evaluate(
             for name, run in tqdm(named.items(), desc="predict", disable=quiet)
         }
         metrics = evaluate_runs(tables, split)
+        if prepared.manifest["task"] == "hypotension":
+            systems = {name: load_run(run) for name, run in named.items()}
+            add_hypotension_scores(metrics, tables, systems, prepared, rows)
         write_metrics(metrics, folder / "metrics.json")
         reachable = reachable_auroc(truth, prepared, rows) if truth else None
         write_report(folder, metrics, tables, prepared, reachable=reachable)
@@ -293,11 +298,14 @@ def robustness(
     return Robustness(Path(out), swept)
 
 # %% ../../nbs/8_use/07_recipes.ipynb #3aa7b701
-STUDIES = {"robust-fusion": "clinfuse.use.robust_fusion_tables:robust_fusion_study"}
+STUDIES = {
+    "robust-fusion": "clinfuse.use.robust_fusion_tables:robust_fusion_study",
+    "iohfuselm": "clinfuse.use.iohfuselm_tables:iohfuselm_study",
+}
 
 
 def study(
-    paper: Literal["robust-fusion"],  # whose tables
+    paper: Literal["robust-fusion", "iohfuselm"],  # whose tables
     data: str | Path,  # folder with a prepared folder for each task, or one of them
     out: str | Path,  # folder to write; a study that was broken off goes on
     *,

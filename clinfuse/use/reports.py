@@ -20,6 +20,7 @@ import pandas as pd
 from ..conventions import InputError, protocol_table
 from ..evaluation.calibration import calibration_bins
 from ..evaluation.discrimination import UndefinedMetric, precision_at, sensitivity_at
+from ..evaluation.hypotension_events import hypotension_table
 from clinfuse.evaluation.resampling import (
     METRICS,
     check_predictions,
@@ -413,6 +414,7 @@ def report_sections(
             f"<h3>{escape(name)}</h3>{_table(t)}" for name, t in cohort_tables(data).items()
         )
     sections["How well each system did"] = _results(metrics) + shown("reachable")
+    sections["Warnings before low pressure"] = _warnings(metrics)
     sections["Which system is better"] = shown("differences")
     sections["Finding the patients"] = shown("curves")
     sections["What a risk is worth"] = shown("reliability")
@@ -437,6 +439,16 @@ def _table(table: pd.DataFrame) -> str:
     )
     html = re.sub(r"(\d\.\d{3}) \(([^)<]*)\)", r"\1<br><small>\2</small>", html)
     return f"<div class=wide>{html}</div>"
+
+
+def _warnings(metrics: Mapping[str, Any]) -> str:
+    every = hypotension_table(metrics).reset_index()
+    note = "<p class=note>Alarms at the threshold that announces 80 % of the episodes here.</p>"
+    parts = [
+        f"<h3>{escape(str(label).replace('_', ' '))}</h3>{_table(table.drop(columns='label'))}"
+        for label, table in (every.groupby("label", sort=False) if len(every) else [])
+    ]
+    return "".join([*parts, note]) if parts else ""
 
 
 def _rules(protocol: str) -> pd.DataFrame:

@@ -310,21 +310,25 @@ def reachable_auroc(
     import numpy as np
 
     from clinfuse.evaluation.discrimination import auroc
+    from clinfuse.ward.operating_theatre import true_event_risks
     from clinfuse.ward.synthetic_ward import phenotype_truth, ward_truth
 
-    samples, subsets = (
-        prepared.samples.iloc[rows],
-        ["series", "radiograph", "series_and_radiograph"],
-    )
-    if prepared.manifest["task"] == "in-hospital-mortality":
+    samples, task = prepared.samples.iloc[rows], prepared.manifest["task"]
+    subsets = ["series", "radiograph", "series_and_radiograph"]
+    if task == "in-hospital-mortality":
         truth, prefix = ward_truth(ward_folder), {"in_hospital_mortality": "risk"}
         subsets.append("series_and_radiograph_and_text_and_age")
-    elif prepared.manifest["task"] == "phenotyping":
+    elif task == "phenotyping":
         truth = phenotype_truth(ward_folder)
         prefix = {label: f"{label}_risk" for label in prepared.labels}
+    elif task == "hypotension":
+        horizons = prepared.manifest["windows"]["horizons_seconds"]
+        truth = true_event_risks(ward_folder, samples, horizons)
+        subsets, prefix = ["series", "series_and_text"], {n: f"{n}_risk" for n in prepared.labels}
     else:
-        raise InputError(f"the ward knows no best score for {prepared.manifest['task']}")
-    truth = truth.set_index("stay_id").loc[samples["stay_id"].astype(int)]
+        raise InputError(f"the ward knows no best score for {task}")
+    if "stay_id" in truth:
+        truth = truth.set_index("stay_id").loc[samples["stay_id"].astype(int)]
     targets = {label: samples[label].to_numpy() for label in prefix}
     scores = {
         subset: [

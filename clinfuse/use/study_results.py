@@ -203,9 +203,10 @@ def perform_study(
     study = study.for_tasks(list(prepared))
     if not study.cells:
         raise InputError(f"{data} holds {', '.join(prepared)}, which the study does not ask for")
+    _known_labels(study, prepared)
     _same_study(study, prepared, out)
     run_study(study, prepared, out, seeds, train, quiet)
-    estimates, each = study_estimates(study, out, seeds)
+    estimates, each = _measured(study, out, seeds, prepared)
     write_cell_records(study, estimates, out, seeds)
     tables = study_tables(study, estimates, each)
     result = StudyResult(out, tables, [judge(claim, estimates) for claim in study.claims])
@@ -228,6 +229,23 @@ def _same_study(study: Study, data: Mapping[str, PreparedData], out: Path) -> No
         raise InputError(f"{out} holds another study, or one of other data; choose another name")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+
+
+def _known_labels(study: Study, data: Mapping[str, PreparedData]) -> None:
+    tasks = {cell.name: cell.task for cell in study.cells}
+    for measure in (measure for claim in study.claims for _, measure in claim.terms):
+        one = data[tasks[measure.cell]]
+        if measure.label not in ("macro", *one.labels):
+            found = ", ".join(one.labels)
+            raise InputError(f"{one.path}: the study asks for {measure.label}; found: {found}")
+
+
+def _measured(
+    study: Study, out: Path, seeds: Sequence[int], data: Mapping[str, PreparedData]
+) -> tuple[dict[Measure, Estimate], dict[Measure, list[float]]]:
+    if study.measure is None:
+        return study_estimates(study, out, seeds)
+    return study.measure(study, out, seeds, data)
 
 
 def _training_seconds(out: Path) -> float:

@@ -10,7 +10,7 @@ __all__ = ['Cell', 'Measure', 'Claim', 'Row', 'Study', 'prepared_by_task', 'with
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ class Study:
     tables: Mapping[str, tuple[Row, ...]]  # title -> rows
     claims: tuple[Claim, ...]
     metrics: tuple[str, ...] = ("f1_macro", "f1_binary", "auroc", "auprc")
+    measure: Callable[..., Any] | None = None  # of study, out, seeds, data; to give what
+    # `clinfuse.use.study_results.study_estimates` gives, which is taken where there is none
 
     def for_tasks(self, tasks: Sequence[str]) -> "Study":
         "What is left of a study when only some tasks were prepared."
@@ -81,7 +83,7 @@ class Study:
             if all(row.cell in known for row in rows)
         }
         claims = [c for c in self.claims if all(m.cell in known for _, m in c.terms)]
-        return Study(self.name, cells, tables, tuple(claims), self.metrics)
+        return replace(self, cells=cells, tables=tables, claims=tuple(claims))
 
 # %% ../../nbs/8_use/04_study_runs.ipynb #48aa14e0
 def prepared_by_task(
