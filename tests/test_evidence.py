@@ -9,8 +9,13 @@ import pytest
 from clinfuse.conventions import InputError
 from clinfuse.evaluation.decisions import alarm_table, threshold_for_sensitivity
 from clinfuse.evaluation.draws import patient_weights
+from clinfuse.systems.batches import invented_patients
+from clinfuse.training.checkpoints import load_run
 from clinfuse.use.evidence import gather_evidence, recalibration_findings
-from clinfuse.use.recipes import evaluate
+from clinfuse.use.pretrained import load_pretrained
+from clinfuse.use.recipes import evaluate, export, guard, train
+
+ROBUST_EPOCHS = {f"{stage}.num_epochs": "1" for stage in ("lstm.stage", "resnet34.stage", "stage")}
 
 
 def elsewhere(num=240, label="death", kind="binary", seed=0):
@@ -109,3 +114,22 @@ def test_no_calibration_data_is_said_and_not_repaired():
     assert [note.split(":")[0] for note in notes] == [
         f"not recalibrated by {method}" for method in ("temperature", "platt", "isotonic")
     ]
+
+
+@pytest.mark.parametrize("system", ["logistic-regression", "lstm", "robust-fusion"])
+def test_every_system_is_exported_without_its_patients(system, tmp_path):
+    data = invented_patients(tmp_path / "data", 60)
+    recipe = "safe" if system == "logistic-regression" else "quick"
+    changes = {"lstm": {"stage.num_epochs": "1"}, "robust-fusion": ROBUST_EPOCHS}.get(system, {})
+    run = tmp_path / "run"
+    train(system, data.path, run, recipe=recipe, set=changes, quiet=True)
+    evaluate([run], data=data.path, out=tmp_path / "report", quiet=True)
+    exported = export(run, tmp_path / "shared")
+    assert set(exported.files) == {"README.md", "config.json", "model.safetensors"}
+    rows = data.rows("test")
+    again = load_pretrained(tmp_path / "shared").predict(data, rows)
+    assert np.array_equal(again, load_run(run).predict(data, rows))
+    card = (tmp_path / "shared/README.md").read_text()
+    assert "| 23a | performance with intervals | in hospital mortality AUROC" in card
+    assert "| 17 | ethical approval | Open |" in card
+    assert guard([tmp_path / "shared", tmp_path / "report", run / "card.md"]).ok

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'DEMO_SYSTEMS', 'ward', 'check', 'prepare', 'describe', 'audit', 'train', 'tune', 'evaluate', 'robustness',
-           'study', 'predict', 'demo']
+           'study', 'predict', 'demo', 'guard', 'export']
 
 # %% ../../nbs/8_use/07_recipes.ipynb #157715dc
 import importlib
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..conventions import InputError, new_file, new_folder, protocol_named
+from ..data.privacy_guard import guard
+from .pretrained import export
 from clinfuse.use.results import (
     Evaluation,
     LiveHistory,
@@ -259,10 +261,28 @@ def evaluate(
         title, more = f"Evaluation on the {split} split", (reachable, evidence, validation)
         write_report(folder, metrics, tables, prepared, title, *more)
     for name, run in named.items():
-        if run.is_dir():
-            only = {"runs": {name: metrics["runs"][name]}, "pairs": []}
-            write_metrics(only, run / "metrics.json")
+        if run.is_dir() and prepared:
+            _keep_results(run, metrics["runs"][name], evidence.records(), prepared)
     return Evaluation(Path(out), metrics)
+
+
+def _keep_results(
+    run: Path, found: dict[str, Any], records: dict[str, list[Any]], prepared: "PreparedData"
+) -> None:
+    "Leave what an evaluation found of a run in its folder, and in its card."
+    from clinfuse.data.dataset import file_checksum
+    from clinfuse.evaluation.resampling import write_metrics
+    from clinfuse.training.checkpoints import read_config
+    from clinfuse.use.model_cards import write_card
+
+    mine: dict[str, Any] = {"runs": {run.name: found}, "pairs": []}
+    notes, about = records.pop("notes"), f"{run.name}: "
+    mine |= {key: [r for r in rows if r["run"] == run.name] for key, rows in records.items()}
+    mine["notes"] = [note.removeprefix(about) for note in notes if note.startswith(about)]
+    write_metrics(mine, run / "metrics.json")
+    learned = read_config(run)["data"]["manifest_sha256"]
+    if file_checksum(prepared.path / "manifest.json")["sha256"] == learned:
+        write_card(run, prepared.manifest, samples=prepared.samples)
 
 
 def _judged_tables(
@@ -352,6 +372,9 @@ def study(
     return perform_study(planned, data, out, range(seeds), trained, quiet)
 
 # %% ../../nbs/8_use/07_recipes.ipynb #d8108a4a
+_all_ = ["guard", "export"]
+
+
 def predict(
     run: str | Path,  # run folder
     data: str | Path,  # prepared folder; labels are not needed
