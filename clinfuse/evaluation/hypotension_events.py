@@ -328,16 +328,16 @@ def hypotension_scores(
 
 # %% ../../nbs/7_evaluation/11_hypotension_events.ipynb #71392aaa
 def add_hypotension_scores(
-    metrics: dict[str, Any],  # of metrics.json; every run gets "hypotension"
+    metrics: dict[str, Any],  # of metrics.json; every run of a system gets "hypotension"
     tables: Mapping[str, pd.DataFrame],  # run -> label, prediction: of the rows, in their order
     systems: Mapping[str, Any],  # run -> what forecasts
     data: "PreparedData",  # of the task hypotension
     rows: np.ndarray,  # (sample,) ascending positions in `data.samples`, of one split
 ) -> None:
     "Score every run as a source of warnings."
-    for run, table in tables.items():
+    for run, system in systems.items():
+        table, forecast = tables[run], system.forecast(data, rows)
         told = [table.loc[table["label"] == label, "prediction"] for label in data.labels]
-        forecast = systems[run].forecast(data, rows)
         found = hypotension_scores(data, rows, forecast, np.stack(told, axis=1))
         metrics["runs"][run]["hypotension"] = found
 

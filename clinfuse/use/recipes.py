@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'DEMO_SYSTEMS', 'ward', 'check', 'prepare', 'describe', 'audit', 'train', 'tune', 'evaluate', 'robustness',
-           'study', 'predict', 'demo']
+           'study', 'predict', 'demo', 'guard', 'export']
 
 # %% ../../nbs/8_use/07_recipes.ipynb #157715dc
 import importlib
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..conventions import InputError, new_file, new_folder, protocol_named
+from ..data.privacy_guard import guard
+from .pretrained import export
 from clinfuse.use.results import (
     Evaluation,
     LiveHistory,
@@ -229,42 +231,91 @@ def tune(
 
 # %% ../../nbs/8_use/07_recipes.ipynb #20b454f6
 def evaluate(
-    runs: Sequence[str | Path],  # run folders
+    runs: Sequence[str | Path],  # run folders; CSV or Parquet of predictions from elsewhere
     *,
-    data: str | Path,  # prepared folder
+    data: str | Path | None = None,  # prepared folder; not needed for tables with outcomes
     out: str | Path,  # folder to write; must not exist
     split: Literal["train", "validation", "test"] = "test",  # which samples
     truth: str | Path | None = None,  # ward the data are from: its best AUROC is shown
     quiet: bool = False,  # no progress bars
 ) -> Evaluation:
-    "Metrics with intervals, paired differences, figures and a report."
-    from tqdm.auto import tqdm
-
+    "Metrics with intervals, paired differences, subgroups, alarms, figures and a report."
     from clinfuse.data.dataset import PreparedData
     from clinfuse.evaluation.hypotension_events import add_hypotension_scores
     from clinfuse.evaluation.resampling import evaluate_runs, write_metrics
+    from clinfuse.evaluation.subgroups import patient_groups
     from clinfuse.training.checkpoints import load_run
+    from clinfuse.use.evidence import gather_evidence
     from clinfuse.use.reports import write_report
 
-    prepared, named = PreparedData(data), run_names(runs)
-    if not prepared.manifest["has_labels"]:
+    prepared, named = PreparedData(data) if data else None, run_names(runs)
+    if prepared and not prepared.manifest["has_labels"]:
         raise InputError(f"{data} has no labels to evaluate with; use predict")
-    rows = rows_with_outcomes(prepared, split)
     with new_folder(out) as folder:
-        tables = {
-            name: prediction_table(run, prepared, rows)
-            for name, run in tqdm(named.items(), desc="predict", disable=quiet)
-        }
+        tables, validation = _judged_tables(named, prepared, split, quiet)
         metrics = evaluate_runs(tables, split)
-        if prepared.manifest["task"] == "hypotension":
-            systems = {name: load_run(run) for name, run in named.items()}
-            add_hypotension_scores(metrics, tables, systems, prepared, rows)
-        write_metrics(metrics, folder / "metrics.json")
-        reachable = reachable_auroc(truth, prepared, rows) if truth else None
-        write_report(folder, metrics, tables, prepared, reachable=reachable)
+        groups = patient_groups(prepared.samples) if prepared else None
+        evidence = gather_evidence(tables, groups, validation)
+        reachable = None
+        if prepared:
+            rows = rows_with_outcomes(prepared, split)
+            if prepared.manifest["task"] == "hypotension":
+                systems = {name: load_run(run) for name, run in named.items() if run.is_dir()}
+                add_hypotension_scores(metrics, tables, systems, prepared, rows)
+            reachable = reachable_auroc(truth, prepared, rows) if truth else None
+        write_metrics(metrics | evidence.records(), folder / "metrics.json")
+        title, more = f"Evaluation on the {split} split", (reachable, evidence, validation)
+        write_report(folder, metrics, tables, prepared, title, *more)
     for name, run in named.items():
-        write_metrics({"runs": {name: metrics["runs"][name]}, "pairs": []}, run / "metrics.json")
+        if run.is_dir() and prepared:
+            _keep_results(run, metrics["runs"][name], evidence.records(), prepared)
     return Evaluation(Path(out), metrics)
+
+
+def _keep_results(
+    run: Path, found: dict[str, Any], records: dict[str, list[Any]], prepared: "PreparedData"
+) -> None:
+    "Leave what an evaluation found of a run in its folder, and in its card."
+    from clinfuse.data.dataset import file_checksum
+    from clinfuse.evaluation.resampling import write_metrics
+    from clinfuse.training.checkpoints import read_config
+    from clinfuse.use.model_cards import write_card
+
+    mine: dict[str, Any] = {"runs": {run.name: found}, "pairs": []}
+    notes, about = records.pop("notes"), f"{run.name}: "
+    mine |= {key: [r for r in rows if r["run"] == run.name] for key, rows in records.items()}
+    mine["notes"] = [note.removeprefix(about) for note in notes if note.startswith(about)]
+    write_metrics(mine, run / "metrics.json")
+    learned = read_config(run)["data"]["manifest_sha256"]
+    if file_checksum(prepared.path / "manifest.json")["sha256"] == learned:
+        write_card(run, prepared.manifest, samples=prepared.samples)
+
+
+def _judged_tables(
+    named: dict[str, Path], prepared: "PreparedData | None", split: str, quiet: bool
+) -> "tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame | None]]":
+    "Predictions of every run: of the split, and of validation where it is another and has outcomes."
+    from tqdm.auto import tqdm
+
+    from clinfuse.use.evidence import outside_predictions
+
+    tables: dict[str, pd.DataFrame] = {}
+    validation: dict[str, pd.DataFrame | None] = {}
+    samples = prepared.samples if prepared else None
+    for name, run in tqdm(named.items(), desc="predict", disable=quiet):
+        if run.is_file():
+            tables[name], validation[name] = outside_predictions(run, split, samples)
+            continue
+        if prepared is None:
+            raise InputError(f"{run} is a run folder; give the prepared folder with --data")
+        parts = [split] if split == "validation" else [split, "validation"]
+        rows = {part: rows_with_outcomes(prepared, part) for part in parts[:1]}
+        if len(parts) > 1 and len(prepared.rows("validation")):
+            rows["validation"] = rows_with_outcomes(prepared, "validation")
+        found = {p: prediction_table(run, prepared, at).assign(split=p) for p, at in rows.items()}
+        tables[name] = found[split]
+        validation[name] = found["validation"] if split != "validation" else None
+    return tables, validation
 
 # %% ../../nbs/8_use/07_recipes.ipynb #6ff49dee
 _Kind = Literal["noise", "radiographs", "channels", "hours"]
@@ -330,6 +381,9 @@ def study(
     return perform_study(planned, data, out, range(seeds), trained, quiet)
 
 # %% ../../nbs/8_use/07_recipes.ipynb #d8108a4a
+_all_ = ["guard", "export"]
+
+
 def predict(
     run: str | Path,  # run folder
     data: str | Path,  # prepared folder; labels are not needed

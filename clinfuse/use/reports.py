@@ -10,6 +10,7 @@ __all__ = ['STYLE_SHEET', 'summary_sentences', 'differences_figure', 'curves_fig
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,16 @@ from clinfuse.evaluation.resampling import (
     metrics_table,
     patient_weights,
 )
+from ..evaluation.subgroups import patient_groups, subgroup_text
 from ..figures import COLOURS, SYSTEM_COLOURS, draw_band, figure, figure_html
 from ..objectives.label_kinds import DURATION_DAYS
+from clinfuse.use.evidence import (
+    Evidence,
+    decision_figure,
+    gather_evidence,
+    recalibration_figure,
+    subgroup_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,9 +125,7 @@ def _risk_sentences(metrics: Mapping[str, Any], reachable: Mapping[str, float] |
     others = [run for run in known if run != best]
     sentences += [_verdict(metrics, best, other, label) for other in others]
     if len(others) > 1:
-        sentences.append(
-            f"{len(others)} comparisons were made; the intervals are not widened for that."
-        )
+        sentences.append(_comparisons(metrics, best, others, label))
     if not others:
         sentences.append(f"{best} was not compared with another system.")
     if reachable:
@@ -173,6 +180,22 @@ def _verdict(
     if found["low"] > 0:
         return f"{best} is better than {other} ({gap}): other patients of this kind would very likely agree."
     return f"{best} is ahead of {other} here, but these patients cannot decide between them ({gap}, which includes 0)."
+
+
+def _comparisons(metrics: Mapping[str, Any], best: str, others: list[str], label: str) -> str:
+    asked = [
+        pair
+        for pair in metrics["pairs"]
+        if (pair["label"], pair["metric"]) == (label, "auroc") and best in (pair["a"], pair["b"])
+    ]
+    adjusted = [pair["p_holm"] for pair in asked if _is_number(pair.get("p_holm"))]
+    said = f"{len(others)} comparisons were made; the intervals are not widened for that."
+    if not adjusted:
+        return said
+    below = sum(p < 0.05 for p in adjusted)
+    return (
+        f"{said} After Holm's correction for all pairs, {below} of {len(adjusted)} have p < 0.05."
+    )
 
 
 def _stay_sentences(metrics: Mapping[str, Any], label: str) -> list[str]:
@@ -398,6 +421,7 @@ def report_sections(
     ],  # run -> sample_id, subject_id, label, prediction, target
     figures: Mapping[str, tuple[str, str]],  # name -> <img> element, caption
     data: "PreparedData | None" = None,
+    evidence: Evidence | None = None,
 ) -> dict[str, str]:  # headline -> HTML
     "Everything below the summary."
 
@@ -408,16 +432,16 @@ def report_sections(
             if name in figures
         )
 
-    sections: dict[str, str] = {}
-    if data is not None:
-        sections["The patients"] = "".join(
-            f"<h3>{escape(name)}</h3>{_table(t)}" for name, t in cohort_tables(data).items()
-        )
+    cohort = cohort_tables(data) if data is not None else {}
+    tables = [f"<h3>{escape(name)}</h3>{_table(table)}" for name, table in cohort.items()]
+    sections = {"The patients": "".join(tables)}
     sections["How well each system did"] = _results(metrics) + shown("reachable")
     sections["Warnings before low pressure"] = _warnings(metrics)
-    sections["Which system is better"] = shown("differences")
-    sections["Finding the patients"] = shown("curves")
-    sections["What a risk is worth"] = shown("reliability")
+    sections["Which system is better"] = shown("differences") + _tests(metrics)
+    sections["Finding the patients"] = shown("curves") + _alarms(evidence)
+    sections["Whether acting pays"] = shown("decisions")
+    sections["What a risk is worth"] = shown("reliability") + _mended(evidence, shown)
+    sections["For whom"] = _groups(evidence, shown)
     if data is not None:
         if "radiograph" in data.samples:
             split = radiograph_table(predictions, data)
@@ -426,6 +450,7 @@ def report_sections(
                 _table(split.reset_index()) + note if len(split) else ""
             )
         sections["What the models were allowed to know"] = _table(_rules(data.manifest["protocol"]))
+    sections["What could not be judged"] = _unjudged(evidence)
     sections["Limits"] = _limits(data)
     return {name: html for name, html in sections.items() if html}
 
@@ -451,6 +476,89 @@ def _warnings(metrics: Mapping[str, Any]) -> str:
     return "".join([*parts, note]) if parts else ""
 
 
+def _estimate(row: Mapping[str, Any], digits: int = 3) -> str:
+    if not _is_number(row["value"]):
+        return "undefined"
+    value, low, high = (f"{row[name]:.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def _tests(metrics: Mapping[str, Any]) -> str:
+    known = [pair for pair in metrics["pairs"] if _is_number(pair.get("p_value"))]
+    several = len(next(iter(metrics["runs"].values()))["labels"]) > 1
+    kept = [pair for pair in known if not several or pair["label"] == "macro"] or known
+    rows = [
+        {
+            "systems": f"{pair['a']} - {pair['b']}",
+            "label": pair["label"].replace("_", " "),
+            "metric": _WORDS.get(pair["metric"], pair["metric"]),
+            "difference": _estimate(pair | {"value": pair["difference"]}),
+            "p": f"{pair['p_value']:.3f}",
+            "p, Holm": f"{pair['p_holm']:.3f} of {pair['comparisons']}",
+        }
+        for pair in kept
+    ]
+    note = "<p class=note>Permutation tests: the forecasts of two systems are exchanged within patients. Holm's correction is for the pairs of one metric.</p>"
+    return _table(pd.DataFrame(rows)) + note if rows else ""
+
+
+def _alarms(evidence: Evidence | None) -> str:
+    if evidence is None or evidence.alarms.empty:
+        return ""
+    rows = evidence.alarms[evidence.alarms["label"] == evidence.alarms["label"].iloc[0]]
+    wanted = [
+        "sensitivity",
+        "precision",
+        "alarms per 100 patients",
+        "missed cases per 100 patients",
+    ]
+    rows = rows[rows["number"].isin(wanted)]
+    rows = rows.assign(text=[_estimate(row, 2) for row in rows.to_dict("records")])
+    rows = rows.rename(columns={"sensitivity": "sought"})
+    keys = ["run", "sought", "threshold", "chosen_on"]
+    wide = rows.set_index([*keys, "number"])["text"].unstack("number")[wanted].reset_index()
+    wide["threshold"] = wide["threshold"].map("{:.3f}".format)
+    wide.columns = ["system", "sought", "threshold", "chosen on", *map(str, wanted)]
+    label = str(rows["label"].iloc[0]).replace("_", " ")
+    return f"<h3>Alarms at a promised sensitivity: {escape(label)}</h3>{_table(wide)}"
+
+
+def _mended(evidence: Evidence | None, shown: Any) -> str:
+    if evidence is None or evidence.recalibration.empty:
+        return ""
+    rows = evidence.recalibration.drop(columns=["note"], errors="ignore")
+    rows = rows[rows["label"] == rows["label"].iloc[0]]
+    rows = rows.assign(text=[_estimate(row) for row in rows.to_dict("records")])
+    wide = rows.pivot(index=["run", "method"], columns="metric", values="text").reset_index()
+    words = _WORDS | {name: name.replace("_", " ") for name in rows["metric"] if name not in _WORDS}
+    label = str(rows["label"].iloc[0]).replace("_", " ")
+    head = f"<h3>With curves from the validation patients: {escape(label)}</h3>"
+    return head + _table(wide.rename(columns=words)) + shown("recalibration")
+
+
+def _groups(evidence: Evidence | None, shown: Any) -> str:
+    if evidence is None or evidence.subgroups.empty:
+        return ""
+    known = set(evidence.subgroups["metric"])
+    parts = [shown("subgroups")]
+    for metric in [m for m in ("auroc", "mae", "calibration_intercept") if m in known]:
+        for run, rows in evidence.subgroups.groupby("run", sort=False):
+            rows = rows[rows["label"] == rows.loc[rows["metric"] == metric, "label"].iloc[0]]
+            table = subgroup_text(rows, metric).reset_index().drop(columns="label")
+            name = _WORDS.get(metric, metric.replace("_", " "))
+            head = f"<summary>{escape(str(run))}, {escape(name)}</summary>"
+            parts.append(f"<details>{head}{_table(table.rename(columns={metric: name}))}</details>")
+    note = "<p class=note>A gap is the metric in a group less that in everybody else. Groups of fewer than 50 patients, or 10 with or without the outcome, are shown and not ranked.</p>"
+    return "".join(parts) + note
+
+
+def _unjudged(evidence: Evidence | None) -> str:
+    notes = evidence.notes if evidence else ()
+    lines = "".join(f"<li>{escape(note)}</li>" for note in notes[:20])
+    more = f"<li>and {len(notes) - 20} more, in metrics.json</li>" if len(notes) > 20 else ""
+    return f"<ul>{lines}{more}</ul>" if notes else ""
+
+
 def _rules(protocol: str) -> pd.DataFrame:
     words = {True: "yes", False: "no"}
     rules = protocol_table().map(
@@ -466,7 +574,7 @@ def _limits(data: "PreparedData | None") -> str:
     points = [
         f"The patients come from {where}, one source and one period; another hospital may give other numbers.",
         "Intervals show how far the numbers would move with other patients of the same kind. They do not show what another training run would give.",
-        "Thresholds were not tuned: F1 and its kin count a risk of 0.5 or more as an alarm.",
+        "F1 and its kin count a risk of 0.5 or more as an alarm; the table of alarms has thresholds by sensitivity.",
         "This is research software. It is not a medical device, and its forecasts must not guide the care of a patient.",
     ]
     return "<ul>" + "".join(f"<li>{escape(point)}</li>" for point in points) + "</ul>"
@@ -481,6 +589,9 @@ def write_report(
     data: "PreparedData | None" = None,  # where the predictions came from, for the cohort
     title: str = "Evaluation",
     reachable: Mapping[str, float] | None = None,  # what a model knows -> best possible AUROC
+    evidence: Evidence | None = None,  # groups, alarms, recalibrated risks
+    validation: Mapping[str, pd.DataFrame | None]
+    | None = None,  # run -> what the curves learned of
 ) -> Path:  # report.html
     "Write the report, one self-contained page."
     import matplotlib.pyplot as plt
@@ -492,15 +603,16 @@ def write_report(
     out = Path(out_folder)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     figures = {}
-    for name, (drawn, caption) in _figures(metrics, predictions, reachable).items():
+    pictures = _figures(metrics, predictions, reachable)
+    pictures |= _evidence_figures(metrics, predictions, evidence, validation or {})
+    for name, (drawn, caption) in pictures.items():
         drawn.set_dpi(160)
         drawn.savefig(out / "figures" / f"{name}.png", metadata={"Software": None})
         figures[name] = figure_html(drawn, alt=caption), caption
         plt.close(drawn)
-    sections = report_sections(metrics, predictions, figures, data)
-    sentences = "".join(
-        f"<li>{escape(sentence)}</li>" for sentence in summary_sentences(metrics, reachable)
-    )
+    sections = report_sections(metrics, predictions, figures, data, evidence)
+    said = summary_sentences(metrics, reachable)
+    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in said)
     lead = f"<p class=lead>{escape(_lead(metrics, predictions, data))}</p>"
     short = f"<section class=short><h2>In short</h2><ul>{sentences}</ul></section>"
     parts = [f"<section><h2>{escape(name)}</h2>{html}</section>" for name, html in sections.items()]
@@ -536,6 +648,38 @@ def _figures(
     if reachable:
         drawn["reachable"] = reachable_figure(metrics, reachable)
     return {name: (one, caption[name]) for name, one in drawn.items()}
+
+
+def _evidence_figures(
+    metrics: Mapping[str, Any],
+    predictions: Mapping[str, pd.DataFrame],
+    evidence: Evidence | None,
+    validation: Mapping[str, pd.DataFrame | None],
+) -> dict[str, tuple["Figure", str]]:
+    if evidence is None:
+        return {}
+    outcomes, found, score = _outcomes(predictions), {}, "auroc" if _labels(metrics) else "mae"
+    label = _headline(metrics, score)
+    values = {run: _found(of, label)[score]["value"] for run, of in metrics["runs"].items()}
+    values = {run: value for run, value in values.items() if _is_number(value)}
+    if not values:
+        return {}
+    best = (max if score == "auroc" else min)(values, key=lambda run: values[run])
+    groups = evidence.subgroups
+    if len(groups) and ((groups["run"] == best) & (groups["metric"] == score)).any():
+        words = f"{score.upper()} of {best} in every group, and the gap to everybody else, with 95 % intervals and the number of patients; grey where a group is too small to judge."
+        found["subgroups"] = subgroup_figure(evidence, best, score), words
+    if len(_labels(metrics)) == 1 and outcomes:
+        words = "True alarms less the false ones at the exchange rate of each threshold, per patient, with 95 % bands. A system below a dashed or dotted line does harm there."
+        colours = dict(zip(outcomes, _colours(outcomes)))
+        found["decisions"] = decision_figure(outcomes, colours), words
+    known = validation.get(best)
+    if outcomes and known is not None and len(evidence.recalibration):
+        other = _outcomes({best: known})[best]
+        words = f"Risks of {best} as they are, and after a Platt curve that the validation patients have taught; all outcomes pooled."
+        with suppress(InputError):  # a label without a curve is among the notes
+            found["recalibration"] = recalibration_figure(outcomes[best], other), words
+    return found
 
 
 def _lead(
