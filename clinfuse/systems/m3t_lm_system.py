@@ -82,7 +82,7 @@ M3T_LM_RECIPES = {
     "quick": M3TLMConfig(
         replace(_LEARNED, image="convolutions"),
         QUICK_TRANSFORM,
-        Stage("joint", _READ, 3e-3, 15, patience=5, batch_size=32, select_by="loss"),
+        Stage("joint", _READ, 1e-3, 15, patience=5, batch_size=32, select_by="loss"),
         num_tokens=(64, 64),
     ),
 }
