@@ -1,6 +1,7 @@
 """The study of M3T-LM from the prompt: two protocols side by side, days beside deaths, a record for every cell."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -48,20 +49,12 @@ def test_every_cell_is_trained_on_the_folder_of_its_protocol(done, prepared):
     for cell in m3t_lm_study().cells:
         record = read_record(done / "records" / f"{cell.name}.json")
         (key,) = folders_of(cell, folders)
-        assert record["config"]["run"]["data"] == read_data(folders[key], done, cell)
+        found = record["config"]["run"]["data"]
+        assert key[1] == found["protocol"] == cell.protocol
         of = record["metrics"]["noise 0.00"]
         assert "auroc" in of[DEATH] and "mae" in of[STAY]
         assert "mae" not in of[DEATH] and "auroc" not in of[STAY]
         assert math.isclose(of["macro"]["mae"]["value"], of[STAY]["mae"]["value"])
-
-
-def read_data(folder, done, cell):
-    """What a run says of its data, and that the folder is the right one."""
-    import json
-
-    run = done / "runs" / cell.name / "seed-0"
-    assert json.loads((run / "request.json").read_text())["data"]["protocol"] == cell.protocol
-    return json.loads((run / "config.json").read_text())["data"]
 
 
 def test_tables_hold_both_kinds_of_numbers_and_the_time(done):
@@ -82,21 +75,19 @@ def test_the_cost_of_the_leak_is_told_with_an_interval(done):
     assert "Table VI: grid" in (done / "report.html").read_text()
 
 
-def test_one_protocol_alone_is_a_smaller_study(prepared, tmp_path):
+def test_one_protocol_alone_is_a_smaller_study(prepared):
     plan = m3t_lm_study().for_data(prepared_by_task(prepared / "safe"))
     assert {cell.protocol for cell in plan.cells} == {"safe"}
     assert all("published" not in title for title in plan.tables)
 
 
-def test_a_study_that_leaves_the_protocol_open_takes_no_folder_of_two(prepared, tmp_path):
-    from dataclasses import replace
-
+def test_a_study_that_leaves_the_protocol_open_takes_no_folder_of_two(prepared):
     plan = m3t_lm_study()
     open_plan = replace(plan, cells=(replace(plan.cells[0], protocol=None),), tables={}, claims=())
     with pytest.raises(InputError, match="prepared as published and safe, and cell"):
         open_plan.for_data(prepared_by_task(prepared))
 
 
-def test_other_tasks_are_refused(done, tmp_path):
+def test_no_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="no prepared folder"):
         study("m3t-lm", tmp_path / "nothing", tmp_path / "out", quick=True, quiet=True)
