@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from clinfuse.conventions import InputError
 from clinfuse.data.dataset import PreparedData
 from clinfuse.systems.batches import invented_patients
 from clinfuse.systems.contract import build_system
@@ -108,3 +109,41 @@ def test_samples_without_a_stay_are_learned_from_and_left_out_of_the_judgement(t
         warnings.simplefilter("always")
         evaluate([tmp_path / "run"], data=data.path, out=tmp_path / "judged", quiet=True)
     assert [w for w in heard if "2 of 16 test samples lack an outcome" in str(w.message)]
+
+
+def test_stays_are_learned_about_as_well_as_a_regression_learns_them(tmp_path):
+    data = invented_patients(tmp_path / "data", num_samples=400, task="mortality-and-stay")
+    rows, label = data.rows("test"), "length_of_stay_days"
+    actual, place = data.samples[label].to_numpy()[rows], data.labels.index(label)
+    patient = {"network.image": "none", "stage.num_epochs": "40", "stage.patience": "10"}
+    errors = {"median": np.abs(data.samples[label].iloc[data.rows("train")].median() - actual)}
+    for name, changes in (
+        ("m3t-lm", patient),
+        ("logistic-regression", {"columns": "stay"}),
+    ):
+        train(name, data.path, tmp_path / name, recipe="quick", set=changes, quiet=True)
+        told = load_run(tmp_path / name).predict(data, rows)[:, place]
+        errors[name] = np.abs(told - actual)
+    mean = {name: error.mean() for name, error in errors.items()}
+    assert mean["m3t-lm"] < 0.8 * mean["median"]
+    assert mean["m3t-lm"] < 1.15 * mean["logistic-regression"]
+
+
+def test_invented_stays_are_for_training_alone_and_repeatable(tmp_path):
+    data = invented_patients(tmp_path / "data", task="mortality-and-stay")
+    changes = ONE_EPOCH | {"num_neighbours": "3", "stage.optimiser": "rmsprop"}
+    runs = [tmp_path / name for name in ("a", "b")]
+    for run in runs:
+        train("m3t-lm", data.path, run, recipe="quick", set=changes, quiet=True)
+    told = [load_run(run).predict(data, data.rows("test")) for run in runs]
+    assert np.array_equal(*told)
+    assert load_run(runs[0]).config.num_neighbours == 3
+    stored = pd.read_parquet(tmp_path / "data/samples.parquet")
+    assert len(stored) == len(data.samples) and not stored["sample_id"].str.contains(",").any()
+
+
+def test_too_few_deaths_for_so_many_neighbours_are_told_before_an_epoch(tmp_path):
+    data = invented_patients(tmp_path / "data", num_samples=30, task="mortality-and-stay")
+    changes = ONE_EPOCH | {"num_neighbours": "25"}
+    with pytest.raises(InputError, match="25 neighbours of each need at least 26"):
+        train("m3t-lm", data.path, tmp_path / "run", recipe="quick", set=changes, quiet=True)

@@ -97,7 +97,7 @@ class TabularSystem(System):
 # %% ../../nbs/5_systems/01_contract.ipynb #7ecb1f06
 @dataclass(frozen=True)
 class Stage:
-    "One stage of training; Adam, whose step size is halved when the validation loss stops falling."
+    "One stage of training; its step size is halved when the validation loss stops falling."
 
     name: str
     modalities: tuple[str, ...] = (
@@ -107,8 +107,13 @@ class Stage:
     num_epochs: int = 50  # at most; 50 as in MedFuse
     patience: int = 15  # epochs without a better validation score before it stops; 15 as in MedFuse
     batch_size: int = 16  # 16 as in the robust-fusion paper, section V-A
-    beta_2: float = 0.999  # of Adam
+    beta_2: float = 0.999  # share of the squared gradients so far that a step keeps
     select_by: str = "auroc"  # score of the epoch that is kept: "auroc", "auprc", "loss" or "mae"
+    optimiser: str = "adam"  # or "rmsprop": no mean of past gradients, no correction of the start
+
+    def __post_init__(self) -> None:
+        if self.optimiser not in ("adam", "rmsprop"):
+            raise InputError(f"unknown optimiser {self.optimiser!r}; known: adam, rmsprop")
 
 # %% ../../nbs/5_systems/01_contract.ipynb #6c518af9
 def stage_rows(
@@ -141,6 +146,10 @@ class _StageHooks:
     def stage_rows(self, stage: Stage, data: PreparedData, split: str) -> np.ndarray:
         "Positions of the samples (sample,) of a split that a stage uses."
         return stage_rows(data, split, stage)
+
+    def training_data(self, stage: str, data: PreparedData, seed: int) -> PreparedData:
+        "What a stage learns from: the folder; or its like, with invented training samples."
+        return data
 
     def start_stage(self, stage: str, data: PreparedData) -> None:
         "What is to do before a stage learns, and again when it is resumed."

@@ -21,6 +21,7 @@ from clinfuse.encoders.residual_network import (
     transform_radiographs,
 )
 from ..encoders.text import TextConfig
+from ..objectives.class_imbalance import synthetic_stays, with_synthetic_stays
 from clinfuse.objectives.gradient_normalisation import (
     GradientNormalisation,
     GradientNormalisationConfig,
@@ -48,11 +49,14 @@ class M3TLMConfig:
     num_tokens: tuple[int, ...] = (23, 18)  # words read of each; as Table I
     objective: str = "gradient-normalisation"  # "uncertainty", or one of `FIXED_WEIGHTS`
     balance: GradientNormalisationConfig = field(default_factory=GradientNormalisationConfig)
+    num_neighbours: int = 0  # of SMOTE, between which stays are invented; 0: none are
 
     def __post_init__(self) -> None:
         known = ("gradient-normalisation", "uncertainty", *FIXED_WEIGHTS)
         if self.objective not in known:
             raise InputError(f"unknown objective {self.objective!r}; known: {', '.join(known)}")
+        if self.num_neighbours < 0:
+            raise InputError(f"num_neighbours must not be below 0, got {self.num_neighbours}")
 
 # %% ../../nbs/5_systems/10_m3t_lm_system.ipynb #581c841a
 _READ = ("radiograph", "numbers", "text")
@@ -61,6 +65,7 @@ _LEARNED = M3TLMNetworkConfig(
     absent_image="learned",
     text=TextConfig(absent="learned"),
 )
+_PUBLISHED = Stage("joint", _READ, num_epochs=30, patience=30, batch_size=64, select_by="loss")
 M3T_LM_RECIPES = {
     "safe": M3TLMConfig(
         _LEARNED,
@@ -71,12 +76,13 @@ M3T_LM_RECIPES = {
     "published": M3TLMConfig(
         M3TLMNetworkConfig(),
         RadiographTransform(128, 128, False, 0.0, 0.0, 0.0, 0.0, 0.0),
-        Stage("joint", _READ, num_epochs=30, patience=30, batch_size=64, select_by="loss"),
+        replace(_PUBLISHED, optimiser="rmsprop", beta_2=0.9),
+        num_neighbours=5,
     ),
     "quick": M3TLMConfig(
         replace(_LEARNED, image="convolutions"),
         QUICK_TRANSFORM,
-        Stage("joint", _READ, 3e-3, 15, patience=5, batch_size=32, select_by="loss"),
+        Stage("joint", _READ, 1e-3, 15, patience=5, batch_size=32, select_by="loss"),
         num_tokens=(64, 64),
     ),
 }
@@ -153,6 +159,13 @@ class M3TLM(_StayQuestions):
         if isinstance(self.balance, GradientNormalisation):
             self.balance.expect_epoch(len(rows), self.config.stage.batch_size)
         return super().sample_weights(stage, data, rows)
+
+    def training_data(self, stage: str, data: PreparedData, seed: int) -> PreparedData:
+        if not self.config.num_neighbours:
+            return data
+        label = data.labels[self.description.kinds.index("binary")]
+        made = synthetic_stays(data, label, self.config.num_neighbours, seed)
+        return with_synthetic_stays(data, made)
 
     def training_loss(self, stage: str, batch: Batch) -> Tensor:
         loss = weighed_loss(self, patient_features(self, batch), batch)

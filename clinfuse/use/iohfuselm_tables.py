@@ -22,7 +22,7 @@ from ..evaluation.hypotension_events import hypotension_estimates, watched_windo
 from ..evaluation.resampling import Estimate
 from ..training.checkpoints import load_run
 from .study_results import mean_over_seeds, seed_draws
-from .study_runs import Cell, Claim, Measure, Row, Study, predictions_path
+from .study_runs import Cell, Claim, Measure, Row, Study, folders_of, predictions_path
 
 # %% ../../nbs/8_use/09_iohfuselm_tables.ipynb #29c49b9f
 HYPOTENSION = "hypotension"
@@ -82,11 +82,11 @@ def hypotension_measures(
     study: Study,
     out: Path,  # folder of the study; its runs forecast again
     seeds: Sequence[int],
-    data: Mapping[str, PreparedData],  # task -> prepared folder
+    data: Mapping[tuple[str, str], PreparedData],  # (task, protocol) -> prepared folder
     num_resamples: int = 1000,
 ) -> tuple[dict[Measure, Estimate], dict[Measure, list[float]]]:  # the mean; the value of each seed
     "Every score of every cell, on the test patients."
-    prepared = data[HYPOTENSION]
+    prepared = data[folders_of(study.cells[0], data)[0]]
     rows = prepared.rows("test")
     windows, draws = watched_windows(prepared, rows), seed_draws(num_resamples, len(seeds))
     weights = patient_weights(windows.subject_id, num_resamples)

@@ -351,13 +351,14 @@ def robustness(
 # %% ../../nbs/8_use/07_recipes.ipynb #3aa7b701
 STUDIES = {
     "robust-fusion": "clinfuse.use.robust_fusion_tables:robust_fusion_study",
+    "m3t-lm": "clinfuse.use.m3t_lm_tables:m3t_lm_study",
     "iohfuselm": "clinfuse.use.iohfuselm_tables:iohfuselm_study",
 }
 
 
 def study(
-    paper: Literal["robust-fusion", "iohfuselm"],  # whose tables
-    data: str | Path,  # folder with a prepared folder for each task, or one of them
+    paper: Literal["robust-fusion", "m3t-lm", "iohfuselm"],  # whose tables
+    data: str | Path,  # folder with a prepared folder for each task and protocol, or one of them
     out: str | Path,  # folder to write; a study that was broken off goes on
     *,
     quick: bool = False,  # small networks and few epochs, in place of the published settings
