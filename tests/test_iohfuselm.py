@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import GPT2Model
 
 from clinfuse.conventions import InputError
 from clinfuse.data.dataset import PreparedData
@@ -173,3 +174,27 @@ def test_a_folder_of_vital_files_from_first_to_last(tmp_path):
     truth = label_array(data, np.arange(len(data.samples)))[:, 0]
     told = rows.loc[data.samples["sample_id"], data.labels[0]].to_numpy()
     assert told[truth == 1].mean() > told[truth == 0].mean()
+
+
+def test_public_weights_are_read_from_a_folder_and_saved_with_the_run(data, gpt2_folder, tmp_path):
+    words = {"weights": gpt2_folder, "dim": 16, "num_heads": 2, "max_tokens": 64}
+    words |= {"trained": "norms and positions"}
+    changes = {f"network.language_model.{name}": value for name, value in words.items()}
+    changes |= {
+        "stage.num_epochs": 1,
+        "pretraining.num_epochs": 0,
+        "network.alignment.num_heads": 2,
+    }
+    flags = [f"{name}={value}" for name, value in changes.items()]
+    trained = ["train", "iohfuselm", str(data.path), str(tmp_path / "run"), "--recipe", "quick"]
+    assert run_command(COMMANDS, [*trained, "--quiet", "--set", *flags]) == 0
+    system, public = load_run(tmp_path / "run"), GPT2Model.from_pretrained(gpt2_folder)
+    found = system.network.language_model.gpt2
+    for name in ("attn.c_attn", "mlp.c_fc"):
+        ours, theirs = (blocks.h[0].get_submodule(name).weight for blocks in (found, public))
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(found.h[0].ln_1.weight, public.h[0].ln_1.weight)
+    assert np.isfinite(system.predict(data, np.arange(4))).all()
+    wrong = [flag.replace(gpt2_folder, "/nowhere") for flag in flags]
+    other = [*trained[:3], str(tmp_path / "other"), "--recipe", "quick", "--quiet", "--set", *wrong]
+    assert run_command(COMMANDS, other) == 1 and not (tmp_path / "other").exists()
