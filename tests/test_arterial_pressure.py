@@ -179,16 +179,19 @@ def test_bad_recordings_are_named_and_the_others_go_on(tmp_path):
     write_vital(folder / "5.vital", {ART: (seconds, np.full_like(values, 77), 0.0)}, 1.7e9)
     write_vital(folder / "6.vital", {ART: (seconds, values * np.nan, 0.0)}, 1.7e9)
     write_vital(folder / "7.vital", {ART: (seconds[:500], values[:500], 0.0)}, 1.7e9)
+    torn = {ART: (seconds + 600 * (seconds > 1500), values, 0.0)}
+    write_vital(folder / "8.vital", torn, 1.7e9)
     made = prepare_folder(open_source(folder), tmp_path / "out", "hypotension", quiet=True)
     left_out = made.manifest["counts"]["left out"]
-    assert set(left_out) == {"1", "2", "4", "5", "6", "7"}
+    assert set(left_out) == {"1", "2", "4", "5", "6", "7", "8"}
     assert "1.vital: the file is damaged or cut off" in left_out["1"]
     assert "2.vital: no .vital file" in left_out["2"]
     assert "4.vital: no arterial pressure" in left_out["4"]
     assert "1500 flat line" in left_out["5"] and "no arterial pressure" in left_out["6"]
-    assert "minutes of pressure" in left_out["7"]
+    assert "minutes of pressure" in left_out["7"] and "shorter than a window" in left_out["8"]
+    assert (made.samples.loc[made.samples["case_id"] == "3", "age_years"] == 90).all()
     steps = {row["step"]: row["operations"] for row in made.manifest["attrition"]}
-    assert steps["with a readable recording"] == 10 and min(steps.values()) == 6
+    assert steps["with a readable recording"] == 10 and min(steps.values()) == 5
     check = check_source(open_source(folder))
     assert [Path(p.split(":")[0]).name for p in check.findings["problem"]] == ["1.vital", "2.vital"]
     for file in folder.glob("*.vital"):

@@ -6,10 +6,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2Model
 
 from clinfuse.conventions import InputError
 from clinfuse.data.dataset import PreparedData
 from clinfuse.data.vital_files import write_vital
+from clinfuse.evaluation.hypotension_events import (
+    alarm_threshold,
+    alarms,
+    announcing_windows,
+    hypotension_scores,
+    watched_windows,
+)
 from clinfuse.systems.batches import invented_patients, label_array
 from clinfuse.systems.contract import SYSTEMS, build_system, system_class
 from clinfuse.training.checkpoints import load_run
@@ -173,3 +183,59 @@ def test_a_folder_of_vital_files_from_first_to_last(tmp_path):
     truth = label_array(data, np.arange(len(data.samples)))[:, 0]
     told = rows.loc[data.samples["sample_id"], data.labels[0]].to_numpy()
     assert told[truth == 1].mean() > told[truth == 0].mean()
+
+
+def test_public_weights_are_read_from_a_folder_and_saved_with_the_run(data, gpt2_folder, tmp_path):
+    words = {"weights": gpt2_folder, "dim": 16, "num_heads": 2, "max_tokens": 64}
+    words |= {"trained": "norms and positions"}
+    changes = {f"network.language_model.{name}": value for name, value in words.items()}
+    changes |= {
+        "stage.num_epochs": 1,
+        "pretraining.num_epochs": 0,
+        "network.alignment.num_heads": 2,
+    }
+    flags = [f"{name}={value}" for name, value in changes.items()]
+    trained = ["train", "iohfuselm", str(data.path), str(tmp_path / "run"), "--recipe", "quick"]
+    assert run_command(COMMANDS, [*trained, "--quiet", "--set", *flags]) == 0
+    system, public = load_run(tmp_path / "run"), GPT2Model.from_pretrained(gpt2_folder)
+    found = system.network.language_model.gpt2
+    for name in ("attn.c_attn", "mlp.c_fc"):
+        ours, theirs = (blocks.h[0].get_submodule(name).weight for blocks in (found, public))
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(found.h[0].ln_1.weight, public.h[0].ln_1.weight)
+    assert np.isfinite(system.predict(data, np.arange(4))).all()
+    wrong = [flag.replace(gpt2_folder, "/nowhere") for flag in flags]
+    other = [*trained[:3], str(tmp_path / "other"), "--recipe", "quick", "--quiet", "--set", *wrong]
+    assert run_command(COMMANDS, other) == 1 and not (tmp_path / "other").exists()
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.floats(0.05, 1.0))
+def test_alarms_announce_what_was_asked_and_only_ranks_count(data, seed, sensitivity):
+    rows = np.flatnonzero(data.samples["split"] != "train")
+    seen, scores = watched_windows(data, rows), np.random.default_rng(seed).random(len(rows))
+    episodes = announcing_windows(seen, 1)
+    threshold = alarm_threshold(scores, episodes, sensitivity)
+    assert threshold >= alarm_threshold(scores, episodes, 1.0)
+    counted = alarms(scores, seen, 1, threshold)
+    assert counted["announced"].sum() >= sensitivity * counted["episodes"].sum() - 1e-9
+    assert (
+        counted["lead_minutes"].max() <= 10 and counted["is_false"].sum() <= counted["begins"].sum()
+    )
+    other = scores**3
+    pd.testing.assert_frame_equal(
+        alarms(other, seen, 1, alarm_threshold(other, episodes, sensitivity)), counted
+    )
+
+
+def test_a_perfect_forecast_has_no_error_and_warns_rightly(data):
+    rows = data.rows("test")
+    seen = watched_windows(data, rows)
+    truth = np.stack([seen.labels(place) for place in range(3)], axis=1).astype(float)
+    np.testing.assert_array_equal(truth, label_array(data, rows))
+    found = hypotension_scores(data, rows, seen.future, truth, num_resamples=20)
+    for of in found.values():
+        assert of["forecast"]["mse"]["value"] == 0
+        assert of["event_rule"]["balanced_accuracy"]["value"] == 1
+        assert of["all_windows"]["auroc"]["value"] == 1
+        assert of["alarms"]["false_alarms_per_hour"]["value"] == 0

@@ -9,7 +9,7 @@ __all__ = ['DESCRIPTION_WORDS', 'word_tokenizer', 'encode_texts', 'load_tokenize
 # %% ../../nbs/2_encoders/08_language_model.ipynb #4c72f4fe
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,7 @@ class LanguageModelConfig:
     max_tokens: int = 80  # places for the description; the scripts of IOHFuseLM
     weights: str | None = None  # name on the Hugging Face Hub, or a folder; None: random
     trained: str = "all"  # or "norms and positions", as published, when fine-tuning
+    keeps_weights: ClassVar[bool] = True  # a run looks them up again: its words are theirs
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads:

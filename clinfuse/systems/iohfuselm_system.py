@@ -87,8 +87,11 @@ def fitted_config(
     "The configuration with the lengths of the data."
     history, horizon = num_steps
     network = replace(config.network, history_steps=history, horizon_steps=horizon)
-    if config.network == IOHFUSELM_NETWORKS["published"]:
-        network = replace(network_for_horizon("published", horizon), history_steps=history)
+    published, words = IOHFUSELM_NETWORKS["published"], config.network.language_model
+    same = replace(words, weights=published.language_model.weights)
+    if replace(config.network, alignment=published.alignment, language_model=same) == published:
+        layers = network_for_horizon("published", horizon).language_model.num_layers
+        network = replace(network, language_model=replace(words, num_layers=layers))
     mixing = replace(config.diffusion.network, length=history)
     return replace(config, network=network, diffusion=replace(config.diffusion, network=mixing))
 

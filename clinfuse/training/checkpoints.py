@@ -182,6 +182,8 @@ def without_weights(
     config: Any,  # a frozen dataclass, perhaps of dataclasses
 ) -> Any:  # a copy whose encoders begin with random weights
     "Forget where the first weights came from."
+    if getattr(config, "keeps_weights", False):
+        return config
     changes: dict[str, Any] = {}
     for name in (field.name for field in fields(config)):
         value = getattr(config, name)
