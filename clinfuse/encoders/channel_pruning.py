@@ -65,10 +65,9 @@ def _block_joints(name: str, block: InceptionResidualBlock) -> list[Joint]:
         place = f"branch{number}"
         branch = block.get_submodule(place)
         inner, last = chain_joints(f"{name}.{place}".lstrip("."), branch)
-        assert last is not None
         ends = [part for part in branch.modules() if isinstance(part, _MAKERS)]
         reader = f"{name}.conv2d".lstrip(".")
-        joints += [*inner, Joint(last[0], reader, last[1], offset)]
+        joints += [*inner, *([Joint(last[0], reader, last[1], offset)] if last else [])]
         offset += ends[-1].weight.shape[0]
     return joints
 

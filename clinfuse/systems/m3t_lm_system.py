@@ -17,6 +17,7 @@ from ..conventions import InputError
 from ..data.dataset import PreparedData
 from ..encoders.channel_pruning import fit_channels
 from ..encoders.inception_residual_network import InceptionConfig
+from ..encoders.patient_normalisation import normalise_alone
 from clinfuse.encoders.residual_network import (
     QUICK_TRANSFORM,
     RadiographTransform,
@@ -174,7 +175,9 @@ class M3TLM(_StayQuestions):
         return loss + self.network.penalty()
 
     def load_weights(self, folder: Path) -> None:
-        fit_channels(self, read_tensors(folder / "model.safetensors"))
+        stored = read_tensors(folder / "model.safetensors")
+        normalise_alone(self, kept=stored)
+        fit_channels(self, stored)
         super().load_weights(folder)
 
 # %% ../../nbs/5_systems/10_m3t_lm_system.ipynb #079ead6d
