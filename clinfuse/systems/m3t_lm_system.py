@@ -7,6 +7,7 @@ __all__ = ['FIXED_WEIGHTS', 'M3T_LM_RECIPES', 'M3TLMConfig', 'network_for', 'M3T
 
 # %% ../../nbs/5_systems/10_m3t_lm_system.ipynb #36f8cf2d
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from ..conventions import InputError
 from ..data.dataset import PreparedData
+from ..encoders.channel_pruning import fit_channels
 from ..encoders.inception_residual_network import InceptionConfig
+from ..encoders.patient_normalisation import normalise_alone
 from clinfuse.encoders.residual_network import (
     QUICK_TRANSFORM,
     RadiographTransform,
@@ -30,7 +33,7 @@ from ..objectives.label_kinds import DURATION_DAYS
 from ..objectives.losses import known_huber_losses, known_task_losses
 from ..objectives.uncertainty_weighting import UncertaintyWeighting
 from .batches import Batch, DataDescription
-from .contract import NeuralSystem, Stage
+from .contract import NeuralSystem, Stage, read_tensors
 from .m3t_lm import M3TLMNetwork, M3TLMNetworkConfig, M3TLMSizes
 
 # %% ../../nbs/5_systems/10_m3t_lm_system.ipynb #3f3ca71a
@@ -170,6 +173,12 @@ class M3TLM(_StayQuestions):
     def training_loss(self, stage: str, batch: Batch) -> Tensor:
         loss = weighed_loss(self, patient_features(self, batch), batch)
         return loss + self.network.penalty()
+
+    def load_weights(self, folder: Path) -> None:
+        stored = read_tensors(folder / "model.safetensors")
+        normalise_alone(self, kept=stored)
+        fit_channels(self, stored)
+        super().load_weights(folder)
 
 # %% ../../nbs/5_systems/10_m3t_lm_system.ipynb #079ead6d
 def patient_features(
