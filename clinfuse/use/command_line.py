@@ -135,7 +135,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     for function in (
         *(recipes.demo, recipes.ward, recipes.check, recipes.prepare, recipes.describe),
         *(recipes.audit, recipes.train, recipes.tune, recipes.evaluate, recipes.robustness),
-        *(recipes.study, recipes.predict, recipes.export, recipes.guard),
+        *(recipes.study, recipes.predict, recipes.explain, recipes.export, recipes.guard),
     )
 }
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'DEMO_SYSTEMS', 'ward', 'check', 'prepare', 'describe', 'audit', 'train', 'tune', 'evaluate', 'robustness',
-           'study', 'predict', 'demo', 'guard', 'export']
+           'study', 'explain', 'predict', 'demo', 'guard', 'export']
 
 # %% ../../nbs/8_use/07_recipes.ipynb #157715dc
 import importlib
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from clinfuse.data.leak_audit import LeakAudit
     from clinfuse.data.source_check import SourceCheck
     from clinfuse.training.tuning import Search
+    from clinfuse.use.explanations import Explanation
     from clinfuse.use.study_results import StudyResult
     from clinfuse.ward.synthetic_ward import Ward
 
@@ -167,7 +168,7 @@ def train(
         history = _train_into(Path(run), built, prepared, recipe, seed, options)
     return TrainedRun(Path(run), system, history, time.perf_counter() - start)
 
-# %% ../../nbs/8_use/07_recipes.ipynb #59e88958
+
 def _hardware_settings(device: str, precision: str, changes: dict[str, str]) -> tuple[Any, Any]:
     from clinfuse.systems.contract import change_config
     from clinfuse.training.devices import Hardware
@@ -381,10 +382,25 @@ def study(
 
     return perform_study(planned, data, out, range(seeds), trained, quiet)
 
-# %% ../../nbs/8_use/07_recipes.ipynb #d8108a4a
+# %% ../../nbs/8_use/07_recipes.ipynb #47b918e5
 _all_ = ["guard", "export"]
 
 
+def explain(
+    run: str | Path,  # run folder
+    *,
+    data: str | Path,  # prepared folder
+    sample: str,  # sample_id of the stay
+    out: str | Path,  # HTML file to write; must not exist
+    label: str | None = None,  # which answer; the first of the system if not given
+    quiet: bool = False,  # no warnings
+) -> "Explanation":
+    "What a system looked at in one stay, across all modalities, on one page."
+    from clinfuse.use.explanations import write_explanation
+
+    return write_explanation(run, data=data, sample=sample, out=out, label=label, quiet=quiet)
+
+# %% ../../nbs/8_use/07_recipes.ipynb #d8108a4a
 def predict(
     run: str | Path,  # run folder
     data: str | Path,  # prepared folder; labels are not needed
