@@ -306,7 +306,7 @@ def train_epoch(training: StageTraining, session: Session) -> float:  # mean los
     losses = torch.tensor(progress.losses, dtype=torch.double, device=device)
     return float(np.mean(session.accelerator.reduce(losses, "mean").tolist()))
 
-# %% ../../nbs/6_training/03_loop.ipynb #299ae920
+
 def _batches_to_come(
     training: StageTraining, session: Session
 ) -> Generator[list[tuple[Batch, float]], None, None]:
@@ -449,7 +449,7 @@ def _start(hardware: Hardware, folder: Path, tracker: str | None) -> "Accelerato
     accelerator.init_trackers("clinfuse", init_kwargs=options)
     return accelerator
 
-# %% ../../nbs/6_training/03_loop.ipynb #9ef7cbda
+
 def _fit_table(system: TabularSystem, data: PreparedData, seed: int) -> pd.DataFrame:
     start, rows = time.perf_counter(), data.rows("validation")
     facts = system.fit(data, data.rows("train"), rows, seed)
