@@ -32,6 +32,7 @@ IOHFUSELM_VARIANTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "persistence": ("persistence", {}),
     "dlinear": ("dlinear", {}),
     "patchtst": ("patchtst", {}),
+    "dlinear-weighted": ("dlinear", {"alpha": "10"}),  # low samples count as in IOHFuseLM
     "whole": ("iohfuselm", _WHOLE),
     "pure-noise": ("iohfuselm", {"diffusion.noised_steps": "50"}),
     "no-augmentation": ("iohfuselm", _WHOLE | {"num_copies": "0"}),
@@ -39,7 +40,7 @@ IOHFUSELM_VARIANTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "no-text": ("iohfuselm", _WHOLE | {"text": "none"}),
     "no-alignment": ("iohfuselm", _WHOLE | {"network.alignment.is_used": "false"}),
 }
-RIVALS = ("current-map", "persistence", "dlinear", "patchtst")
+RIVALS = ("current-map", "persistence", "dlinear", "patchtst", "dlinear-weighted")
 
 
 def iohfuselm_cells() -> tuple[Cell, ...]:
@@ -115,6 +116,7 @@ IOHFUSELM_NAMES = {
     "persistence": "Last sample",
     "dlinear": "DLinear",
     "patchtst": "PatchTST",
+    "dlinear-weighted": "DLinear with the loss of IOHFuseLM",
     "whole": "IOHFuseLM",
     "pure-noise": "augmented from pure noise, as published",
     "no-augmentation": "without augmentation",
