@@ -12,6 +12,7 @@ from clinfuse.data.dataset import PreparedData
 from clinfuse.systems.batches import invented_patients
 from clinfuse.systems.contract import build_system
 from clinfuse.training.checkpoints import load_run
+from clinfuse.training.loop import train_system
 from clinfuse.use.command_line import COMMANDS, run_command
 from clinfuse.use.recipes import evaluate, predict, prepare, train, ward
 
@@ -147,3 +148,44 @@ def test_too_few_deaths_for_so_many_neighbours_are_told_before_an_epoch(tmp_path
     changes = ONE_EPOCH | {"num_neighbours": "25"}
     with pytest.raises(InputError, match="25 neighbours of each need at least 26"):
         train("m3t-lm", data.path, tmp_path / "run", recipe="quick", set=changes, quiet=True)
+
+
+def test_the_challenge_has_numbers_and_nothing_else(challenge_2012, tmp_path):
+    data = prepare(challenge_2012, tmp_path / "data", task="mortality-and-stay", quiet=True)
+    train("m3t-lm", data.path, tmp_path / "run", recipe="quick", set=ONE_EPOCH, quiet=True)
+    system = load_run(tmp_path / "run")
+    assert system.config.network.image == "none" and not system.description.vocabularies
+    said = predict(tmp_path / "run", data.path, tmp_path / "said.csv", quiet=True)
+    assert len(said) == 2 * len(data.samples) and np.isfinite(said["prediction"]).all()
+
+
+def test_titles_that_are_all_empty_are_no_obstacle(tmp_path):
+    data = invented_patients(tmp_path / "data", task="mortality-and-stay")
+    data.samples["text_diagnoses"] = None
+    texts = {"titles": ("diagnoses",), "num_words": (50,), "num_tokens": (9,)}
+    system = build_system("m3t-lm", data, "quick", texts | ONE_EPOCH)
+    train_system(system, data, tmp_path, quiet=True)
+    assert system.description.vocabularies == {"diagnoses": ()}
+    blank = PreparedData(data.path)
+    blank.samples = data.samples.assign(text_diagnoses="   ")
+    rows = data.rows("test")
+    assert np.array_equal(system.predict(blank, rows), system.predict(data, rows))
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_one_outcome_in_a_split_is_learned_from_and_not_judged(tmp_path, split):
+    invented_patients(tmp_path / "data", task="mortality-and-stay")
+    file = tmp_path / "data/samples.parquet"
+    samples = pd.read_parquet(file)
+    samples.loc[samples["split"] == split, "in_hospital_mortality"] = 0
+    samples.to_parquet(file)
+    options = {"recipe": "quick", "quiet": True}
+    run = train("m3t-lm", tmp_path / "data", tmp_path / "run", set=ONE_EPOCH, **options)
+    assert run.history["validation_auroc"].isna().all() == (split == "validation")
+    judged = evaluate([tmp_path / "run"], data=tmp_path / "data", out=tmp_path / "out", quiet=True)
+    found = judged.metrics["runs"]["run"]["labels"]["in_hospital_mortality"]["auroc"]
+    assert np.isnan(found["value"]) == (split == "test")
+    if split == "train":
+        with pytest.raises(InputError, match="have the same outcome; there is nothing to balance"):
+            more = ONE_EPOCH | {"num_neighbours": "3"}
+            train("m3t-lm", tmp_path / "data", tmp_path / "balanced", set=more, **options)

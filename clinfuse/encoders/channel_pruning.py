@@ -33,13 +33,19 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _HARMLESS = (nn.ReLU, nn.Dropout, nn.Flatten, nn.Identity, nn.AvgPool2d, nn.MaxPool1d, nn.MaxPool2d)
 
 
+def _weight(network: nn.Module, name: str) -> Tensor:
+    weight = network.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
 def _leaves(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     if not isinstance(module, nn.Sequential):
         return [(name, module)]
     inner = module.named_children()
     return [leaf for part, child in inner for leaf in _leaves(f"{name}.{part}".lstrip("."), child)]
 
-
+# %% ../../nbs/2_encoders/10_channel_pruning.ipynb #39e328d9
 def chain_joints(
     name: str,  # of a sequence in the network
     sequence: nn.Module,
@@ -60,7 +66,8 @@ def chain_joints(
 
 # %% ../../nbs/2_encoders/10_channel_pruning.ipynb #4e319039
 def _block_joints(name: str, block: InceptionResidualBlock) -> list[Joint]:
-    joints, offset = [], 0
+    joints: list[Joint] = []
+    offset = 0
     for number in range(block.num_branches):
         place = f"branch{number}"
         branch = block.get_submodule(place)
@@ -68,7 +75,7 @@ def _block_joints(name: str, block: InceptionResidualBlock) -> list[Joint]:
         ends = [part for part in branch.modules() if isinstance(part, _MAKERS)]
         reader = f"{name}.conv2d".lstrip(".")
         joints += [*inner, *([Joint(last[0], reader, last[1], offset)] if last else [])]
-        offset += ends[-1].weight.shape[0]
+        offset += _weight(ends[-1], "").shape[0]
     return joints
 
 
@@ -92,9 +99,7 @@ def joint_scores(
     joint: Joint,
 ) -> Tensor:  # (channel,) >= 0
     "How much each channel counts."
-    maker, reader = (
-        network.get_submodule(name).weight.detach() for name in (joint.maker, joint.reader)
-    )
+    maker, reader = (_weight(network, name) for name in (joint.maker, joint.reader))
     loud = maker.flatten(1).norm(dim=1)
     if joint.norm is not None:
         factor = getattr(network.get_submodule(joint.norm), "weight", None)
@@ -103,7 +108,7 @@ def joint_scores(
     columns = reader.transpose(0, 1)[joint.offset : joint.offset + width]
     return loud * columns.reshape(len(loud), -1).norm(dim=1)
 
-
+# %% ../../nbs/2_encoders/10_channel_pruning.ipynb #9aab8c7b
 def best_channels(
     network: nn.Module,
     share: float,  # of the channels that go, >= 0 and < 1
@@ -144,7 +149,7 @@ def remove_channels(
     "Take channels out of a network."
     readers: dict[str, Tensor] = {}
     for joint, mask in kept.items():
-        columns = network.get_submodule(joint.reader).weight.shape[1]
+        columns = _weight(network, joint.reader).shape[1]
         read = readers.setdefault(joint.reader, torch.ones(columns, dtype=torch.bool))
         width = len(mask) * joint.places
         read[joint.offset : joint.offset + width] = mask.repeat_interleave(joint.places)
@@ -167,7 +172,7 @@ def fit_channels(
     "Give a network the number of channels that some weights have."
     kept = {}
     for joint in find_joints(network):
-        built = len(network.get_submodule(joint.maker).weight)
+        built = len(_weight(network, joint.maker))
         stored = weights.get(f"{joint.maker}.weight")
         num_kept = built if stored is None else min(len(stored), built)
         kept[joint] = torch.arange(built) < num_kept

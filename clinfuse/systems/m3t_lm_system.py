@@ -130,6 +130,19 @@ class _StayQuestions(NeuralSystem):
         words = {kind: most for kind, most in kinds if f"text_{kind}" in data.samples}
         return DataDescription.of(data, words)
 
+    def training_data(self, stage: str, data: PreparedData, seed: int) -> PreparedData:
+        if not self.config.num_neighbours:
+            return data
+        label = data.labels[self.description.kinds.index("binary")]
+        made = synthetic_stays(data, label, self.config.num_neighbours, seed)
+        return with_synthetic_stays(data, made)
+
+    def load_weights(self, folder: Path) -> None:
+        stored = read_tensors(folder / "model.safetensors")
+        normalise_alone(self, kept=stored)
+        fit_channels(self, stored)
+        super().load_weights(folder)
+
 
 class M3TLM(_StayQuestions):
     "Numbers, categories, titles and a radiograph; days of stay and the risk of death."
@@ -163,22 +176,9 @@ class M3TLM(_StayQuestions):
             self.balance.expect_epoch(len(rows), self.config.stage.batch_size)
         return super().sample_weights(stage, data, rows)
 
-    def training_data(self, stage: str, data: PreparedData, seed: int) -> PreparedData:
-        if not self.config.num_neighbours:
-            return data
-        label = data.labels[self.description.kinds.index("binary")]
-        made = synthetic_stays(data, label, self.config.num_neighbours, seed)
-        return with_synthetic_stays(data, made)
-
     def training_loss(self, stage: str, batch: Batch) -> Tensor:
         loss = weighed_loss(self, patient_features(self, batch), batch)
         return loss + self.network.penalty()
-
-    def load_weights(self, folder: Path) -> None:
-        stored = read_tensors(folder / "model.safetensors")
-        normalise_alone(self, kept=stored)
-        fit_channels(self, stored)
-        super().load_weights(folder)
 
 # %% ../../nbs/5_systems/10_m3t_lm_system.ipynb #079ead6d
 def patient_features(

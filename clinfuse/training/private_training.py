@@ -25,7 +25,8 @@ from ..encoders.patient_normalisation import normalise_alone
 from ..systems.batches import Batch, label_array, read_batch
 from ..systems.contract import NeuralSystem, build_system
 from .checkpoints import save_run
-from .loop import optimiser_for, validation_scores
+from .loop import validation_scores
+from .states import optimiser_for
 
 # %% ../../nbs/6_training/08_private_training.ipynb #397be384
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class PrivacyConfig:
         if not (self.epsilon > 0 and 0 < self.delta < 1 and self.longest > 0):
             raise InputError(f"needs epsilon > 0, delta between 0 and 1, longest > 0, got {self}")
 
-
+# %% ../../nbs/6_training/08_private_training.ipynb #2668062d
 def steps_and_share(
     config: PrivacyConfig,
     num_patients: int,  # who are learned from
@@ -57,6 +58,9 @@ def steps_and_share(
     share = min(1.0, config.batch_size / num_patients)
     return math.ceil(config.num_epochs / share), share
 
+# %% ../../nbs/6_training/08_private_training.ipynb #fffd8013
+_ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(12, 64), 80, 128, 256, 512, 1024)
+
 
 def noise_for(
     config: PrivacyConfig,
@@ -68,9 +72,10 @@ def noise_for(
         return 0.0
     find: Any = import_extra("opacus.accountants.utils", "private").get_noise_multiplier
     asked = {"target_epsilon": config.epsilon, "target_delta": config.delta}
-    return float(find(**asked, sample_rate=share, steps=steps, accountant="rdp"))
+    options = {"accountant": "rdp", "alphas": _ORDERS}
+    return float(find(**asked, sample_rate=share, steps=steps, **options))
 
-
+# %% ../../nbs/6_training/08_private_training.ipynb #a8b6c9ad
 def spent_epsilon(
     noise: float,  # sigma
     share: float,  # chance to be drawn in a step
@@ -82,7 +87,7 @@ def spent_epsilon(
         return math.inf if num_steps else 0.0
     accountant: Any = import_extra("opacus.accountants", "private").RDPAccountant()
     accountant.history = [(noise, share, num_steps)]
-    return float(accountant.get_epsilon(delta))
+    return float(accountant.get_epsilon(delta, alphas=_ORDERS))
 
 # %% ../../nbs/6_training/08_private_training.ipynb #8c17b265
 def patients_of(
@@ -93,7 +98,7 @@ def patients_of(
     subjects = data.samples["subject_id"].to_numpy()[rows]
     return [rows[subjects == subject] for subject in np.unique(subjects)]
 
-
+# %% ../../nbs/6_training/08_private_training.ipynb #a7e81d1f
 def cut_gradient(
     system: NeuralSystem,
     batch: Batch,  # of one patient
@@ -132,7 +137,7 @@ def private_step(
         hidden = torch.randn(weight.shape, generator=generator) * noise * config.longest
         weight.grad = (known + hidden) / config.batch_size
 
-
+# %% ../../nbs/6_training/08_private_training.ipynb #3fc24511
 def train_privately(
     system: NeuralSystem,  # built, not trained; of one stage; changed in place
     data: PreparedData,
@@ -148,7 +153,8 @@ def train_privately(
     optimiser = optimiser_for([{"params": list(system.parameters())}], stage)
     random, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    rows, history, start = data.rows("validation"), [], time.perf_counter()
+    rows, start = data.rows("validation"), time.perf_counter()
+    history: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         drawn = [p for p, chance in zip(patients, random.random(len(patients))) if chance < share]
         batches = [read_batch(data, p, system.description, stage.modalities) for p in drawn]

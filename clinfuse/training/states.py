@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUM_LAST', 'derived_seed', 'set_generators', 'pack_state', 'unpack_state', 'Checkpoints', 'newest_state',
-           'losses_explode', 'Progress', 'check_losses', 'heard_interrupts']
+           'losses_explode', 'Progress', 'check_losses', 'heard_interrupts', 'optimiser_for']
 
 # %% ../../nbs/6_training/01_states.ipynb #a6e39b9c
 import hashlib
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..conventions import InputError
 from ..data.dataset import file_checksum
-from ..systems.contract import read_tensors, save_tensors
+from ..systems.contract import Stage, read_tensors, save_tensors
 
 # %% ../../nbs/6_training/01_states.ipynb #e8a433ff
 def derived_seed(
@@ -218,3 +218,13 @@ def heard_interrupts() -> Iterator[threading.Event]:  # set when the run should 
     finally:
         for kind, handler in old.items():
             signal.signal(kind, handler)
+
+# %% ../../nbs/6_training/01_states.ipynb #6e1358f8
+def optimiser_for(
+    groups: Sequence[dict[str, Any]],  # weights and their settings
+    stage: Stage,
+) -> torch.optim.Optimizer:
+    "The optimiser of a stage."
+    if stage.optimiser == "rmsprop":
+        return torch.optim.RMSprop(groups, stage.learning_rate, alpha=stage.beta_2)
+    return torch.optim.Adam(groups, stage.learning_rate, betas=(0.9, stage.beta_2))

@@ -207,10 +207,10 @@ def leak_claims() -> list[Claim]:
     "What the titles of the same admission are worth: published above safe."
     claims = []
     for metric in ("auroc", "f1_binary", "mae", "rmse"):
-        pair = (f"{protocol}-m3t-lm" for protocol in PROTOCOLS)
-        claims.append(better("the published protocol flatters M3T-LM", *pair, metric))
-        pair = (f"{protocol}-no-titles" for protocol in PROTOCOLS)
-        claims.append(better("the published protocol flatters without titles", *pair, metric))
+        for name, text in (("m3t-lm", "M3T-LM"), ("no-titles", "M3T-LM without titles")):
+            leaky, clean = (f"{protocol}-{name}" for protocol in PROTOCOLS)
+            text = f"the published protocol flatters {text}"
+            claims.append(better(text, leaky, clean, metric))
     return claims
 
 # %% ../../nbs/8_use/09_m3t_lm_tables.ipynb #60db65f7
