@@ -1,6 +1,6 @@
-"""On a machine with a card: how busy an epoch of robust-fusion keeps it, what bf16 brings, how much memory it takes.
+"""On a machine with a card: how busy an epoch of robust-fusion keeps it, what bf16 brings, how much memory it takes, how long M3T-LM learns, and how many windows IOHFuseLM reads.
 
-python tests/benchmarks/gpu_speed.py nbs/studies/records
+python tests/benchmarks/gpu_speed.py nbs/studies/records [PREPARED]   # PREPARED: a folder of the task hypotension
 """
 
 import statistics
@@ -13,7 +13,9 @@ from pathlib import Path
 import measures
 import torch
 
+from clinfuse.data.dataset import PreparedData
 from clinfuse.encoders.residual_network import ResidualEncoder
+from clinfuse.systems.batches import invented_patients
 from clinfuse.systems.contract import build_system
 from clinfuse.training.devices import Hardware
 from clinfuse.training.loop import train_system
@@ -98,12 +100,42 @@ def epoch_facts(folder, precision="bf16"):
     }
 
 
-def write_gpu_record(folder):
+def m3t_lm_seconds(folder, device="cuda", num_samples=4144 * 10 // 6, **changes):
+    """All epochs of the published recipe, with images and without; six tenths of the stays are learned from."""
+    data = invented_patients(folder / "stays", num_samples, task="mortality-and-stay")
+    found = {"training_stays": len(data.rows("train"))}
+    for name, image in {"seconds": "inception", "seconds_without_images": "none"}.items():
+        asked = {"network.image": image, "num_neighbours": 0, **changes}
+        system = build_system("m3t-lm", data, "published", asked)
+        start = time.perf_counter()
+        train_system(system, data, folder / name, quiet=True, hardware=Hardware(device=device))
+        found[name] = time.perf_counter() - start
+    return found
+
+
+def window_rates(folder, prepared, device="cuda", recipe="published"):
+    """Windows a second of the last stage of IOHFuseLM, in the second epoch: small and exact, large and rounded."""
+    data, found = PreparedData(prepared), {}
+    for precision, batch_size in (("fp32", 8), ("bf16", 256)):
+        skipped = {"num_copies": 0, "pretraining.num_epochs": 0}
+        changes = {**skipped, "stage.num_epochs": 2, "stage.batch_size": batch_size}
+        system = build_system("iohfuselm", data, recipe, changes)
+        hardware = Hardware(device=device, precision=precision)
+        history = train_system(system, data, folder / precision, quiet=True, hardware=hardware)
+        seconds = history["seconds"].iloc[-1]
+        found[f"{precision}, batch {batch_size}"] = len(data.rows("train")) / float(seconds)
+    return found
+
+
+def write_gpu_record(folder, prepared=None):
     """Measure, and keep what was found."""
     start = time.perf_counter()
     torch.cuda.init()
     with tempfile.TemporaryDirectory() as place:
         facts = epoch_facts(Path(place))
+        facts["m3t_lm"] = m3t_lm_seconds(Path(place))
+        if prepared:
+            facts["windows_per_second"] = window_rates(Path(place), prepared)
     times = image_encoder_times()
     speedup = times["fp32"] / times["bf16"]
     write_record(
@@ -118,4 +150,4 @@ def write_gpu_record(folder):
 
 
 if __name__ == "__main__":
-    write_gpu_record(sys.argv[1])
+    write_gpu_record(*sys.argv[1:])
