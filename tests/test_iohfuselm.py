@@ -16,7 +16,7 @@ from clinfuse.training.checkpoints import load_run
 from clinfuse.training.devices import Hardware
 from clinfuse.training.loop import train_system
 from clinfuse.use.command_line import COMMANDS, run_command
-from clinfuse.use.recipes import prepare, ward
+from clinfuse.use.recipes import explain, export, prepare, ward
 
 TINY = {"augmentation.num_epochs": 1, "pretraining.num_epochs": 1, "stage.num_epochs": 1}
 CHANGES = {
@@ -163,3 +163,17 @@ def test_a_folder_of_vital_files_from_first_to_last(tmp_path):
     truth = label_array(data, np.arange(len(data.samples)))[:, 0]
     told = rows.loc[data.samples["sample_id"], data.labels[0]].to_numpy()
     assert told[truth == 1].mean() > told[truth == 0].mean()
+
+
+@pytest.mark.parametrize("name", ["iohfuselm", "dlinear"])
+def test_forecasters_are_explained_and_exported(data, runs, name, tmp_path):
+    sample = str(data.samples["sample_id"].iloc[data.rows("test")[0]])
+    out = tmp_path / "stay.html"
+    explained = explain(runs[name], data=data.path, sample=sample, out=out, quiet=True)
+    whole = explained.subsets[frozenset(explained.shares)]
+    assert abs(sum(explained.shares.values()) - whole + explained.subsets[frozenset()]) < 1e-9
+    assert explained.unit == "mmHg lower" and "Every subset of the kinds" in out.read_text()
+    if name == "dlinear":
+        assert explained.series[0].shape[0] == 1 and explained.series[2] < 1e-3
+    exported = export(runs[name], tmp_path / "shared")
+    assert exported.guarded.ok and "model.safetensors" in exported.files
