@@ -9,6 +9,8 @@ import pytest
 from clinfuse.conventions import InputError
 from clinfuse.evaluation.decisions import alarm_table, threshold_for_sensitivity
 from clinfuse.evaluation.draws import patient_weights
+from clinfuse.evaluation.resampling import check_predictions, evaluate_runs, join_targets
+from clinfuse.evaluation.subgroups import subgroup_table
 from clinfuse.systems.batches import invented_patients
 from clinfuse.training.checkpoints import load_run
 from clinfuse.use.evidence import gather_evidence, recalibration_findings
@@ -133,3 +135,35 @@ def test_every_system_is_exported_without_its_patients(system, tmp_path):
     assert "| 23a | performance with intervals | in hospital mortality AUROC" in card
     assert "| 17 | ethical approval | Open |" in card
     assert guard([tmp_path / "shared", tmp_path / "report", run / "card.md"]).ok
+
+
+def test_one_class_in_a_subgroup_is_named_and_not_ranked():
+    table = elsewhere()
+    groups = table[["sample_id"]].assign(unit=np.where(table["target"] == 1, "a", "b"))
+    found = subgroup_table(table.drop(columns="split"), groups, num_resamples=20)
+    rows = found[found["metric"] == "auroc"]
+    assert rows["is_small"].all() and rows["p_holm"].isna().all() and rows["value"].isna().all()
+    assert rows["note"].str.contains("both classes").all()
+    assert len(found) == 2 * found["metric"].nunique()
+
+
+def test_predictions_and_labels_of_different_splits_are_named():
+    table = elsewhere().assign(death=lambda t: t["target"])
+    bare = table[["sample_id", "label", "prediction"]]
+    with pytest.raises(InputError, match="sample s0000, which is not of split 'test'; 120 such"):
+        join_targets(bare, table, "test")
+    with pytest.raises(InputError, match="lack sample s0121 of split 'test'; 119 such rows"):
+        join_targets(bare.iloc[[120]], table, "test")
+    with pytest.raises(InputError, match="samples hold s0239 twice"):
+        join_targets(bare.tail(120), pd.concat([table, table.tail(1)]), "test")
+    with pytest.raises(InputError, match="is not of the split 'validation' like the first row"):
+        check_predictions(table)
+    with pytest.raises(InputError, match="run 'theirs' is of split 'validation', not 'test'"):
+        evaluate_runs({"theirs": table.head(120)}, "test")
+
+
+def test_one_class_in_a_resample_is_counted():
+    table = elsewhere(num=12, seed=3).drop(columns="split")
+    found = evaluate_runs({"theirs": table.assign(target=[1] + [0] * 11)}, num_resamples=50)
+    note = found["runs"]["theirs"]["labels"]["death"]["auroc"]["note"]
+    assert "of 50 resamples" in note

@@ -12,7 +12,7 @@ from clinfuse.evaluation.mixed_stays import MixedStays, background_stays, kind_s
 from clinfuse.evaluation.stay_maps import batch_of_stay, series_map
 from clinfuse.systems.batches import invented_patients
 from clinfuse.systems.contract import build_system, system_class, why_not
-from clinfuse.use.explanations import explain_stay
+from clinfuse.use.explanations import explain_stay, explanation_html
 from clinfuse.use.recipes import explain, train
 
 LABEL = "in_hospital_mortality"
@@ -138,3 +138,16 @@ def test_wrong_questions_leave_no_page(data, stay, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         explain(tmp_path / "run", data=data.path, **asked)
     assert not (tmp_path / "x.html").exists() and torch.is_grad_enabled()
+
+
+def test_numbers_words_and_films_of_a_stay_are_explained(tmp_path):
+    data = invented_patients(tmp_path / "data", 60, task="mortality-and-stay")
+    changes = {"titles": "diagnoses", "num_words": "50", "num_tokens": "8"}
+    system = build_system("m3t-lm", data, "quick", changes)
+    has_all = (data.samples["radiograph"] >= 0) & data.samples["text_diagnoses"].notna()
+    explained = explain_stay(system, data, data.samples.loc[has_all, "sample_id"].iloc[0])
+    assert set(explained.shares) == {"series", "radiograph", "text", "attributes", "numbers"}
+    assert len(explained.subsets) == 32 and abs(explained.shares["series"]) < 1e-6
+    assert len(explained.words["diagnoses"]) > 1 and explained.film is not None
+    page = explanation_html(explained)
+    assert all(f">{word}</span>" in page for word, _ in explained.words["diagnoses"])

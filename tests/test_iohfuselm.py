@@ -26,7 +26,7 @@ from clinfuse.training.checkpoints import load_run
 from clinfuse.training.devices import Hardware
 from clinfuse.training.loop import train_system
 from clinfuse.use.command_line import COMMANDS, run_command
-from clinfuse.use.recipes import prepare, ward
+from clinfuse.use.recipes import explain, export, prepare, ward
 from clinfuse.use.results import reachable_auroc
 
 TINY = {"augmentation.num_epochs": 1, "pretraining.num_epochs": 1, "stage.num_epochs": 1}
@@ -239,3 +239,17 @@ def test_a_perfect_forecast_has_no_error_and_warns_rightly(data):
         assert of["event_rule"]["balanced_accuracy"]["value"] == 1
         assert of["all_windows"]["auroc"]["value"] == 1
         assert of["alarms"]["false_alarms_per_hour"]["value"] == 0
+
+
+@pytest.mark.parametrize("name", ["iohfuselm", "dlinear"])
+def test_forecasters_are_explained_and_exported(data, runs, name, tmp_path):
+    sample = str(data.samples["sample_id"].iloc[data.rows("test")[0]])
+    out = tmp_path / "stay.html"
+    explained = explain(runs[name], data=data.path, sample=sample, out=out, quiet=True)
+    whole = explained.subsets[frozenset(explained.shares)]
+    assert abs(sum(explained.shares.values()) - whole + explained.subsets[frozenset()]) < 1e-9
+    assert explained.unit == "mmHg lower" and "Every subset of the kinds" in out.read_text()
+    if name == "dlinear":
+        assert explained.series[0].shape[0] == 1 and explained.series[2] < 1e-3
+    exported = export(runs[name], tmp_path / "shared")
+    assert exported.guarded.ok and "model.safetensors" in exported.files

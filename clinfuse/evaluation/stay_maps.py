@@ -49,7 +49,10 @@ def _copies(batch: Batch, number: int, series: Tensor) -> Batch:
     return replace(batch, **found | {"rows": rows, "tokens": tokens, "series": series})
 
 
-def _answer(system: NeuralSystem, batch: Batch, place: int) -> Tensor:  # (batch,)
+def _answer(system: Any, batch: Batch, place: int) -> Tensor:  # (batch,)
+    "The logit of a label; of a forecast how far its mean pressure has fallen, in mmHg."
+    if hasattr(system, "standardised_forecast"):
+        return -system.mmhg(system.standardised_forecast(batch).float()).mean(dim=1)
     return system.logits(system.stages()[-1].name, batch)[:, place]
 
 # %% ../../nbs/7_evaluation/13_stay_maps.ipynb #5b4f39aa
@@ -59,8 +62,8 @@ def series_map(
     batch: Batch,  # of one sample
     place: int,  # of the label
     num_points: int = 32,  # of the quadrature
-) -> tuple[np.ndarray, list[str], float]:  # (channel, time) log odds; channels; what is missed
-    "How much of the answer each hour of each channel owns."
+) -> tuple[np.ndarray, list[str], float] | None:  # (channel, time); channels; what is missed
+    "How much of the answer each hour of each channel owns; None where it has no gradient."
     mean, std = system.description.ruler
     names, reference = (
         [c["name"] for c in data.manifest["channels"]],
@@ -79,6 +82,8 @@ def series_map(
     def answer(points: Tensor) -> Tensor:
         return _answer(system, _copies(batch, len(points), points), place)
 
+    if not answer(batch.series.detach().requires_grad_(True)).requires_grad:
+        return None
     shares, missed = integrated_gradients(answer, batch.series[0], reference[0], num_points)
     found = np.zeros((len(names), len(shares)))
     np.add.at(found, owner, shares.double().numpy().T)
