@@ -132,20 +132,20 @@ def test_stays_are_learned_about_as_well_as_a_regression_learns_them(tmp_path):
 
 def test_invented_stays_are_for_training_alone_and_repeatable(tmp_path):
     data = invented_patients(tmp_path / "data", task="mortality-and-stay")
-    changes = ONE_EPOCH | {"num_neighbours": "3", "stage.optimiser": "rmsprop"}
+    changes = ONE_EPOCH | {"balance.num_neighbours": "3", "balance.optimiser": "rmsprop"}
     runs = [tmp_path / name for name in ("a", "b")]
     for run in runs:
         train("m3t-lm", data.path, run, recipe="quick", set=changes, quiet=True)
     told = [load_run(run).predict(data, data.rows("test")) for run in runs]
     assert np.array_equal(*told)
-    assert load_run(runs[0]).config.num_neighbours == 3
+    assert load_run(runs[0]).config.balance.num_neighbours == 3
     stored = pd.read_parquet(tmp_path / "data/samples.parquet")
     assert len(stored) == len(data.samples) and not stored["sample_id"].str.contains(",").any()
 
 
 def test_too_few_deaths_for_so_many_neighbours_are_told_before_an_epoch(tmp_path):
     data = invented_patients(tmp_path / "data", num_samples=30, task="mortality-and-stay")
-    changes = ONE_EPOCH | {"num_neighbours": "25"}
+    changes = ONE_EPOCH | {"balance.num_neighbours": "25"}
     with pytest.raises(InputError, match="25 neighbours of each need at least 26"):
         train("m3t-lm", data.path, tmp_path / "run", recipe="quick", set=changes, quiet=True)
 
@@ -187,5 +187,5 @@ def test_one_outcome_in_a_split_is_learned_from_and_not_judged(tmp_path, split):
     assert np.isnan(found["value"]) == (split == "test")
     if split == "train":
         with pytest.raises(InputError, match="have the same outcome; there is nothing to balance"):
-            more = ONE_EPOCH | {"num_neighbours": "3"}
+            more = ONE_EPOCH | {"balance.num_neighbours": "3"}
             train("m3t-lm", tmp_path / "data", tmp_path / "balanced", set=more, **options)

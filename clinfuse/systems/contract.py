@@ -109,11 +109,6 @@ class Stage:
     batch_size: int = 16  # 16 as in the robust-fusion paper, section V-A
     beta_2: float = 0.999  # share of the squared gradients so far that a step keeps
     select_by: str = "auroc"  # score of the epoch that is kept: "auroc", "auprc", "loss" or "mae"
-    optimiser: str = "adam"  # or "rmsprop": no mean of past gradients, no correction of the start
-
-    def __post_init__(self) -> None:
-        if self.optimiser not in ("adam", "rmsprop"):
-            raise InputError(f"unknown optimiser {self.optimiser!r}; known: adam, rmsprop")
 
 # %% ../../nbs/5_systems/01_contract.ipynb #6c518af9
 def stage_rows(
@@ -169,6 +164,7 @@ class NeuralSystem(_StageHooks, nn.Module, System):
         nn.Module.__init__(self)
         System.__init__(self, config, description)
         self.clahe = False  # read radiographs with contrast equalised
+        self.optimiser = "adam"  # or "rmsprop", see `optimiser_for`
 
     def stages(self) -> list[Stage]:  # in the order of training; the last one predicts
         raise NotImplementedError

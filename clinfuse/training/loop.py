@@ -164,7 +164,7 @@ class StageTraining:
         trained = nn.ModuleList(system.stage_modules(stage.name)).requires_grad_(True)
         self.learning = [weight for weight in system.parameters() if weight.requires_grad]
         groups = parameter_groups(trained, stage.learning_rate)
-        optimiser = optimiser_for(groups, stage)
+        optimiser = optimiser_for(groups, stage, system.optimiser)
         self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimiser, factor=0.5, patience=max(1, 2 * stage.patience // 3)
         )

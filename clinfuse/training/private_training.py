@@ -150,7 +150,7 @@ def train_privately(
     patients, stage = patients_of(data, data.rows("train")), system.stages()[0]
     (steps, share), noise = steps_and_share(config, len(patients)), noise_for(config, len(patients))
     stage = replace(stage, learning_rate=config.learning_rate)
-    optimiser = optimiser_for([{"params": list(system.parameters())}], stage)
+    optimiser = optimiser_for([{"params": list(system.parameters())}], stage, system.optimiser)
     random, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     rows, start = data.rows("validation"), time.perf_counter()

@@ -223,8 +223,11 @@ def heard_interrupts() -> Iterator[threading.Event]:  # set when the run should 
 def optimiser_for(
     groups: Sequence[dict[str, Any]],  # weights and their settings
     stage: Stage,
+    name: str = "adam",  # or "rmsprop": no mean of past gradients, no correction of the start
 ) -> torch.optim.Optimizer:
     "The optimiser of a stage."
-    if stage.optimiser == "rmsprop":
+    if name not in ("adam", "rmsprop"):
+        raise InputError(f"unknown optimiser {name!r}; known: adam, rmsprop")
+    if name == "rmsprop":
         return torch.optim.RMSprop(groups, stage.learning_rate, alpha=stage.beta_2)
     return torch.optim.Adam(groups, stage.learning_rate, betas=(0.9, stage.beta_2))

@@ -27,7 +27,7 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "no-attention": ("m3t-lm", {"network.numbers.attention": "false"}),
     "stay-alone": ("m3t-lm", {"objective": "stay"}),
     "death-alone": ("m3t-lm", {"objective": "death"}),
-    "invented-stays": ("m3t-lm", {"num_neighbours": "5"}),
+    "invented-stays": ("m3t-lm", {"balance.num_neighbours": "5"}),
 }
 GRID = tuple((size, rate) for size in (32, 64, 128, 256) for rate in (0.001, 0.002, 0.005))
 
