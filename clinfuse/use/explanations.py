@@ -308,9 +308,9 @@ def planted_causes(
         others, answers = background_stays(data, stay, num_others), {}
         found = kind_shares(system, data, stay, data.labels[0], others)[0]
         for shown in all_subsets(list(hidden)):
+            mine = truth.loc[[stay] * num_others, [hidden[kind] for kind in shown]].to_numpy()
             known = truth.loc[others, list(hidden.values())].copy()
-            for kind in shown:
-                known[hidden[kind]] = truth.at[stay, hidden[kind]]
+            known[[hidden[kind] for kind in shown]] = mine[: len(others)]
             answers[shown] = float(log_odds(mean_risk(known, True)).mean())
         true = {f"true_{kind}": share for kind, share in shapley_values(answers).items()}
         rows.append({kind: found[kind] for kind in hidden} | true)
