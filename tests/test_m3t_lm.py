@@ -50,7 +50,7 @@ def test_both_answers_are_told_and_judged_in_their_own_kind(place):
     report = (place / "judged/report.html").read_text()
     assert "run comes closest to the length of stay days" in report
     figures = {path.stem for path in (place / "judged/figures").iterdir()}
-    assert figures == {"curves", "reliability"}
+    assert figures == {"curves", "decisions", "reliability", "subgroups"}
 
 
 def test_a_run_predicts_without_its_training_data_and_without_texts_and_images(place):
