@@ -55,6 +55,19 @@ def _answer(system: Any, batch: Batch, place: int) -> Tensor:  # (batch,)
         return -system.mmhg(system.standardised_forecast(batch).float()).mean(dim=1)
     return system.logits(system.stages()[-1].name, batch)[:, place]
 
+
+def _watched_answer(
+    system: NeuralSystem, batch: Batch, place: int, kind: type[nn.Module], watch: Any
+) -> Tensor:
+    "The answer for a stay, while `watch` is told what goes through every layer of a kind."
+    layers = [part for part in system.modules() if isinstance(part, kind)]
+    hooks = [layer.register_forward_hook(watch) for layer in layers]
+    try:
+        return _answer(system, batch, place).sum()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
 # %% ../../nbs/7_evaluation/14_stay_maps.ipynb #5b4f39aa
 def series_map(
     system: NeuralSystem,
@@ -103,13 +116,7 @@ def film_map(
         if isinstance(output, Tensor) and output.ndim == 4 and min(output.shape[2:]) > 1:
             seen.append(output)
 
-    layers = [part for part in system.modules() if isinstance(part, nn.Conv2d)]
-    hooks = [layer.register_forward_hook(watch) for layer in layers]
-    try:
-        answer = _answer(system, batch, place).sum()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    answer = _watched_answer(system, batch, place, nn.Conv2d, watch)
     if not seen or not answer.requires_grad:
         return None
     (gradient,) = torch.autograd.grad(answer, seen[-1], allow_unused=True)
@@ -145,13 +152,7 @@ def word_shares(
             if len(shape) == 2 and torch.equal(inputs[0], tokens[:, : shape[1]]):
                 seen.setdefault(kind, output)
 
-    layers = [part for part in system.modules() if isinstance(part, nn.Embedding)]
-    hooks = [layer.register_forward_hook(watch) for layer in layers]
-    try:
-        answer = _answer(system, batch, place).sum()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    answer = _watched_answer(system, batch, place, nn.Embedding, watch)
     found = {}
     for kind, embedded in seen.items():
         (gradient,) = torch.autograd.grad(answer, embedded, retain_graph=True, allow_unused=True)
