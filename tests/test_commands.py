@@ -239,6 +239,8 @@ def test_phenotypes_are_prepared_trained_and_scored(small_ward, tmp_path):
         [tmp_path / "run"], data=data.path, out=tmp_path / "report", truth=small_ward, quiet=True
     )
     assert set(found.metrics["runs"]["run"]["labels"]) <= set(data.labels)
+    page = (tmp_path / "report/report.html").read_text()
+    assert "The leak audit: nothing from the future" in page and "How much was not measured" in page
     best = reachable_auroc(small_ward, data, data.rows("train"))
     assert max(best["series"], best["radiograph"]) < best["series + radiograph"] < 1
     stay = prepare(small_ward, tmp_path / "stay", task="length-of-stay", quiet=True)

@@ -46,7 +46,10 @@ def judged(table, place, **options):
 def test_a_table_from_elsewhere_gets_the_whole_report(tmp_path):
     found = judged(elsewhere(), tmp_path)
     stored = json.loads((tmp_path / "report/metrics.json").read_text())
-    assert {"runs", "pairs", "subgroups", "alarms", "recalibration", "notes"} == set(stored)
+    tables = {"subgroups", "alarms", "recalibration", "conformal"}
+    assert {"runs", "pairs", "notes"} | tables == set(stored)
+    (promised,) = stored["conformal"]
+    assert promised["low"] < 0.9 < promised["high"] and promised["answers"] == "sets"
     assert stored["runs"]["theirs.csv"]["labels"]["death"]["calibration_slope"]["value"] < 1
     slopes = {
         row["method"]: row["value"]
@@ -55,8 +58,8 @@ def test_a_table_from_elsewhere_gets_the_whole_report(tmp_path):
     }
     assert abs(slopes["platt"] - 1) < abs(slopes["as it is"] - 1)
     page = (tmp_path / "report/report.html").read_text()
-    for headline in ("Alarms at a promised sensitivity", "Whether acting pays", "validation"):
-        assert headline in page
+    headlines = "Alarms at a promised sensitivity", "Whether acting pays", "Answers with a promise"
+    assert all(headline in page for headline in (*headlines, "validation"))
     assert {row["chosen_on"] for row in stored["alarms"]} == {"validation"}
     assert found.table.shape[0] == 1
 
