@@ -489,7 +489,7 @@ def _estimate(row: Mapping[str, Any], digits: int = 3) -> str:
 def _tests(metrics: Mapping[str, Any]) -> str:
     known = [pair for pair in metrics["pairs"] if _is_number(pair.get("p_value"))]
     several = len(next(iter(metrics["runs"].values()))["labels"]) > 1
-    kept = [pair for pair in known if not several or pair["label"] == "macro"] or known
+    kept = [pair for pair in known if (pair["label"] == "macro") == several] or known
     rows = [
         {
             "systems": f"{pair['a']} - {pair['b']}",
