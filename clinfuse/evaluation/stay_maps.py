@@ -55,7 +55,7 @@ def _answer(system: Any, batch: Batch, place: int) -> Tensor:  # (batch,)
         return -system.mmhg(system.standardised_forecast(batch).float()).mean(dim=1)
     return system.logits(system.stages()[-1].name, batch)[:, place]
 
-
+# %% ../../nbs/7_evaluation/14_stay_maps.ipynb #30ca3275
 def _watched_answer(
     system: NeuralSystem, batch: Batch, place: int, kind: type[nn.Module], watch: Any
 ) -> Tensor:

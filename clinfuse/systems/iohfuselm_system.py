@@ -147,7 +147,7 @@ class _ThreeStages(ForecastSystem):
     def standardised_forecast(self, batch: Batch) -> Tensor:
         return self.network(batch.series[..., 0], *self.reader(batch))[0]
 
-
+# %% ../../nbs/5_systems/13_iohfuselm_system.ipynb #bb76ce87
 class IOHFuseLM(_ThreeStages):
     "Diffusion, pretraining and forecast in one system."
 

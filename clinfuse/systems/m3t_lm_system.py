@@ -156,7 +156,7 @@ class _StayQuestions(NeuralSystem):
         fit_channels(self, stored)
         super().load_weights(folder)
 
-
+# %% ../../nbs/5_systems/10_m3t_lm_system.ipynb #1a5879ad
 class M3TLM(_StayQuestions):
     "Numbers, categories, titles and a radiograph; days of stay and the risk of death."
 

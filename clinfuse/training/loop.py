@@ -297,7 +297,7 @@ def train_epoch(training: StageTraining, session: Session) -> float:  # mean los
     losses = torch.tensor(progress.losses, dtype=torch.double, device=device)
     return float(np.mean(session.accelerator.reduce(losses, "mean").tolist()))
 
-
+# %% ../../nbs/6_training/03_loop.ipynb #2866d6fb
 def _batches_to_come(
     training: StageTraining, session: Session
 ) -> Generator[list[tuple[Batch, float]], None, None]:
@@ -427,7 +427,7 @@ def _train_stages(system: NeuralSystem, session: Session, resume: bool) -> list[
     system.requires_grad_(True).eval()
     return history
 
-
+# %% ../../nbs/6_training/03_loop.ipynb #689e5823
 def _start(hardware: Hardware, folder: Path, tracker: str | None) -> "Accelerator":
     if tracker not in (None, "tensorboard", "trackio"):
         raise InputError(f"unknown tracker {tracker!r}; known: tensorboard, trackio")

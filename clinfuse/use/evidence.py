@@ -201,10 +201,10 @@ class Evidence:
         tables = {name: getattr(self, name).to_dict("records") for name in names}
         return tables | {"notes": list(self.notes)}
 
-# %% ../../nbs/8_use/00_evidence.ipynb #7390c5c7
+# %% ../../nbs/8_use/00_evidence.ipynb #dfd6e4ea
 MANY_LABELS = 3  # beyond it fewer numbers beside each label
 
-
+# %% ../../nbs/8_use/00_evidence.ipynb #7390c5c7
 def gather_evidence(
     tables: Mapping[str, pd.DataFrame],  # run -> predictions, see `check_predictions`
     groups: pd.DataFrame | None = None,  # from `patient_groups`

@@ -46,6 +46,7 @@ from .reports import STYLE_SHEET
 from ..ward.patients import mean_risk
 from ..ward.synthetic_ward import ward_truth
 
+# %% ../../nbs/8_use/10_explanations.ipynb #18d119ba
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -251,7 +252,7 @@ def _subset_html(explained: Explanation) -> str:
     note = "<p class=note>What is not shown is replaced by that of training stays, and the answers are averaged.</p>"
     return pd.DataFrame(rows).to_html(index=False, border=0) + note
 
-
+# %% ../../nbs/8_use/10_explanations.ipynb #0f663c0e
 def _channel_html(explained: Explanation) -> str:
     effects = explained.channels
     order = effects.abs().sort_values(ascending=False).index[:8]

@@ -145,7 +145,7 @@ def _limits(manifest: Mapping[str, Any]) -> str:
     ]
     return "\n".join(f"- {point}" for point in points)
 
-# %% ../../nbs/8_use/02_model_cards.ipynb #7d0dfd97
+# %% ../../nbs/8_use/02_model_cards.ipynb #d5e884ea
 TRIPOD_ITEMS = {  # number in the statement's checklist: topic
     **{"1": "title", "2": "abstract", "3a": "context and rationale", "3b": "target population"},
     **{"3c": "known health inequalities", "4": "objectives", "5a": "sources of data"},
@@ -181,7 +181,7 @@ TRIPOD_ITEMS = {  # number in the statement's checklist: topic
     **{"27a": "poor or missing input", "27b": "interaction with users", "27c": "next steps"},
 }
 
-
+# %% ../../nbs/8_use/02_model_cards.ipynb #7d0dfd97
 def tripod_table(
     config: Mapping[str, Any],  # config.json of the run
     manifest: Mapping[str, Any],  # of the prepared folder it was trained on
@@ -233,7 +233,7 @@ def _design_answers(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> d
         "22": "model.safetensors beside this card; config.json rebuilds it",
     }
 
-
+# %% ../../nbs/8_use/02_model_cards.ipynb #e7780672
 def _result_answers(
     manifest: Mapping[str, Any], metrics: Mapping[str, Any], found: Mapping[str, Any] | None
 ) -> dict[str, str]:

@@ -298,7 +298,7 @@ def _sizes(data: Mapping[tuple[str, str], PreparedData]) -> dict[str, int]:
         sizes[name] = one.manifest["num_samples"]
     return sizes
 
-
+# %% ../../nbs/8_use/05_study_results.ipynb #bb58aa2a
 def _page(study: Study, result: StudyResult) -> str:
     from clinfuse.use.reports import STYLE_SHEET
 
