@@ -87,7 +87,7 @@ def watched_windows(
         onsets,
     )
 
-
+# %% ../../nbs/7_evaluation/11_hypotension_events.ipynb #58b0c849
 def _low_samples(
     data: "PreparedData", samples: pd.DataFrame, recording: np.ndarray, plan: WindowPlan
 ) -> tuple[np.ndarray, pd.DataFrame]:  # (all time steps,) bool; when each episode begins

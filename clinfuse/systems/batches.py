@@ -216,8 +216,7 @@ class DataDescription:
         numbers: Sequence[str] | None = None,  # to read; None: those of the folder
     ) -> "DataDescription":
         "Describe the training split of a prepared folder."
-        rest = _describe_labels(data) | _describe_row(data, words, numbers)
-        return cls(**_describe_folder(data), **rest)
+        return cls(**_describe_folder(data), **_describe_row(data, words, numbers))
 
     @cached_property
     def ruler(self) -> tuple[np.ndarray, np.ndarray]:  # float32 (column,) each: subtract, divide by
@@ -258,7 +257,8 @@ def _describe_row(
     columns = {kind: data.samples.get(f"text_{kind}", pd.Series(dtype=str)) for kind in words}
     texts = {kind: column.iloc[is_train if len(column) else []] for kind, column in columns.items()}
     found = {kind: Vocabulary.of(texts[kind].dropna(), most).words for kind, most in words.items()}
-    return {"numbers": dict(zip(names, parts, strict=True)), "vocabularies": found}
+    row = {"numbers": dict(zip(names, parts, strict=True)), "vocabularies": found}
+    return _describe_labels(data) | row
 
 
 def label_array(
@@ -429,7 +429,7 @@ def _gather_tokens(data: PreparedData, rows: np.ndarray, about: DataDescription)
         found[kind] = torch.from_numpy(tokens[:, :length].copy())
     return found
 
-
+# %% ../../nbs/5_systems/00_batches.ipynb #8180c0d1
 def _gather_target(data: PreparedData, rows: np.ndarray, about: DataDescription) -> np.ndarray:
     if "target_start" not in data.samples:
         raise InputError(f"{data.path}: samples of {data.manifest['task']} have no target")

@@ -157,7 +157,7 @@ def low_steps(
     longer = nn.functional.pad(starts, (number - 1, number - 1))
     return nn.functional.max_pool1d(longer, number, stride=1)[:, 0]
 
-# %% ../../nbs/5_systems/11_series_baselines.ipynb #e2756cbb
+
 class _PressureScale(NeuralSystem):
     "Pressure in mmHg, and what a low one is taken for."
 
@@ -182,7 +182,7 @@ class _PressureScale(NeuralSystem):
         mean, std = self.description.ruler
         return pressure * float(std[0]) + float(mean[0])
 
-
+# %% ../../nbs/5_systems/11_series_baselines.ipynb #6c542564
 class ForecastSystem(_PressureScale):
     "A network that forecasts pressure, and warns by what it forecasts."
 
