@@ -168,7 +168,7 @@ def train(
         history = _train_into(Path(run), built, prepared, recipe, seed, options)
     return TrainedRun(Path(run), system, history, time.perf_counter() - start)
 
-
+# %% ../../nbs/8_use/11_recipes.ipynb #aa83fd9d
 def _hardware_settings(device: str, precision: str, changes: dict[str, str]) -> tuple[Any, Any]:
     from clinfuse.systems.contract import change_config
     from clinfuse.training.devices import Hardware
@@ -267,31 +267,33 @@ def evaluate(
         write_metrics(metrics | evidence.records(), folder / "metrics.json")
         title, more = f"Evaluation on the {split} split", (reachable, evidence, validation)
         write_report(folder, metrics, tables, prepared, title, *more)
-    for name, run in named.items():
-        if run.is_dir() and prepared:
-            _keep_results(run, metrics["runs"][name], evidence.records(), prepared)
+    if prepared:
+        _keep_results(named, metrics, evidence.records(), prepared)
     return Evaluation(Path(out), metrics)
 
-
+# %% ../../nbs/8_use/11_recipes.ipynb #b6f430b3
 def _keep_results(
-    run: Path, found: dict[str, Any], records: dict[str, list[Any]], prepared: "PreparedData"
+    named: dict[str, Path], metrics: dict[str, Any], records: Any, prepared: "PreparedData"
 ) -> None:
-    "Leave what an evaluation found of a run in its folder, and in its card."
+    "Leave what an evaluation found of each run in its folder, and in its card."
     from clinfuse.data.dataset import file_checksum
     from clinfuse.evaluation.resampling import write_metrics
     from clinfuse.training.checkpoints import read_config
     from clinfuse.use.model_cards import write_card
 
-    mine: dict[str, Any] = {"runs": {run.name: found}, "pairs": []}
-    notes, about = records.pop("notes"), f"{run.name}: "
-    mine |= {key: [r for r in rows if r["run"] == run.name] for key, rows in records.items()}
-    mine["notes"] = [note.removeprefix(about) for note in notes if note.startswith(about)]
-    write_metrics(mine, run / "metrics.json")
-    learned = read_config(run)["data"]["manifest_sha256"]
-    if file_checksum(prepared.path / "manifest.json")["sha256"] == learned:
-        write_card(run, prepared.manifest, samples=prepared.samples)
+    sha256, notes = file_checksum(prepared.path / "manifest.json")["sha256"], records.pop("notes")
+    for name, run in named.items():
+        if not run.is_dir():
+            continue
+        mine: dict[str, Any] = {"runs": {name: metrics["runs"][name]}, "pairs": []}
+        mine |= {key: [r for r in rows if r["run"] == name] for key, rows in records.items()}
+        own = [note for note in notes if note.startswith(f"{name}: ")]
+        mine["notes"] = [note.removeprefix(f"{name}: ") for note in own]
+        write_metrics(mine, run / "metrics.json")
+        if sha256 == read_config(run)["data"]["manifest_sha256"]:
+            write_card(run, prepared.manifest, samples=prepared.samples)
 
-
+# %% ../../nbs/8_use/11_recipes.ipynb #ff612cbd
 def _judged_tables(
     named: dict[str, Path], prepared: "PreparedData | None", split: str, quiet: bool
 ) -> "tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame | None]]":
@@ -309,13 +311,12 @@ def _judged_tables(
             continue
         if prepared is None:
             raise InputError(f"{run} is a run folder; give the prepared folder with --data")
-        parts = [split] if split == "validation" else [split, "validation"]
-        rows = {part: rows_with_outcomes(prepared, part) for part in parts[:1]}
-        if len(parts) > 1 and len(prepared.rows("validation")):
+        rows = {split: rows_with_outcomes(prepared, split)}
+        if split != "validation" and len(prepared.rows("validation")):
             rows["validation"] = rows_with_outcomes(prepared, "validation")
         found = {p: prediction_table(run, prepared, at).assign(split=p) for p, at in rows.items()}
-        tables[name] = found[split]
-        validation[name] = found["validation"] if split != "validation" else None
+        tables[name] = found.pop(split)
+        validation[name] = found.get("validation")
     return tables, validation
 
 # %% ../../nbs/8_use/11_recipes.ipynb #6ff49dee
