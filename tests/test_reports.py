@@ -14,7 +14,8 @@ import yaml
 from clinfuse.conventions import InputError
 from clinfuse.evaluation.resampling import evaluate_runs, write_metrics
 from clinfuse.use.model_cards import write_card
-from clinfuse.use.reports import radiograph_table, summary_sentences, write_report
+from clinfuse.use.report_sections import radiograph_table
+from clinfuse.use.reports import summary_sentences, write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
